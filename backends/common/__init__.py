@@ -1,0 +1,1 @@
+"""What both platforms share: settings, fetching images, HTTP errors, metrics, request log. No platform words."""

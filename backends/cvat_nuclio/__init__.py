@@ -1,0 +1,1 @@
+"""The CVAT doors: nuclio function, gateway, agent."""

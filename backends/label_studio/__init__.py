@@ -1,0 +1,1 @@
+"""The Label Studio door: an ML backend over HTTP."""

@@ -1,0 +1,1 @@
+"""How the network runs fast on a CPU: native module, fused click, bounded cache. Never changes what is computed."""
