@@ -15,7 +15,7 @@ from inter2former.errors import PromptError
 
 def _finite(what: str, **values: float) -> None:
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) and not hasattr(value, "__float__"):
+        if isinstance(value, bool) or (not isinstance(value, int | float) and not hasattr(value, "__float__")):
             raise PromptError(f"{what}: {name} is {value!r}, not a number.")
         if not math.isfinite(value):
             raise PromptError(f"{what}: {name} is {value!r}, not a finite number.")
