@@ -14,7 +14,7 @@ import hashlib
 import io
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import cv2
@@ -43,7 +43,7 @@ STD = (58.395, 57.12, 57.375)
 
 # The formats by their first bytes. The plugins are called by name: `PIL.Image.open` would try every format that it
 # knows, and its own pixel limit is a process-wide setting that warns where ours refuses.
-_FORMATS: tuple[tuple[str, bytes, Callable[[io.BytesIO], Image.Image]], ...] = (
+_MAGIC: tuple[tuple[str, bytes, Callable[[io.BytesIO], Image.Image]], ...] = (
     ("JPEG", b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
     ("PNG", b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
     ("WebP", b"RIFF", WebPImagePlugin.WebPImageFile),
@@ -55,7 +55,7 @@ _FORMATS: tuple[tuple[str, bytes, Callable[[io.BytesIO], Image.Image]], ...] = (
     ("GIF", b"GIF87a", GifImagePlugin.GifImageFile),
     ("GIF", b"GIF89a", GifImagePlugin.GifImageFile),
 )
-_FORMAT_HINT = "Send JPEG, PNG, WebP, BMP, TIFF or GIF."
+FORMATS = ("JPEG", "PNG", "WebP", "BMP", "TIFF", "GIF")
 
 # What Pillow raises for broken files; MemoryError and programming errors are not in the list on purpose.
 _BROKEN = (
@@ -75,6 +75,9 @@ _BROKEN = (
     Image.DecompressionBombError,
     Warning,  # a process that turns warnings into errors gets Pillow's doubts about a file this way
 )
+
+# Modes of Pillow that have a rule in `_to_rgb`; others, such as LAB, need a colour profile to mean anything.
+_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "I", "F")
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -101,32 +104,36 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8:
 
     raises  ImageError: another format, over the limit, truncated or broken
     """
+    return np.array(_to_rgb(open_upright(data, max_pixels=max_pixels)), dtype=np.uint8)
+
+
+def open_upright(data: bytes, *, max_pixels: int = MAX_PIXELS, formats: Collection[str] = FORMATS) -> Image.Image:
+    """The decoded picture in its own mode (palette, 16 bit, alpha, ...), upright. Limits as in `decode_image`."""
     if not data:
-        raise ImageError("The image is empty: 0 bytes.", _FORMAT_HINT)
-    name, plugin = _recognise(data)
+        raise ImageError("The image is empty: 0 bytes.", f"Send {', '.join(formats)}.")
+    name, plugin = _recognise(data, formats)
     try:
         with plugin(io.BytesIO(data)) as image:
             width, height = image.size
             _check_size(height, width, max_pixels)
+            if image.mode not in _MODES and not image.mode.startswith("I;16"):
+                raise ImageError(f"The {name} image has colours of the kind {image.mode}.", "Save it as RGB.")
             image.load()
             orientation = _orientation(image)
-            rgb = _to_rgb(image)
+            return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
     except ImageError:
         raise
     except _BROKEN as error:
         raise ImageError(
-            f"The {name} image of {len(data)} bytes is truncated, broken or of a kind that is not supported."
+            f"The {name} image of {len(data)} bytes is truncated, broken or of an unsupported kind."
         ) from error
-    if orientation in _UPRIGHT:
-        rgb = rgb.transpose(_UPRIGHT[orientation])
-    return np.array(rgb, dtype=np.uint8)
 
 
-def _recognise(data: bytes) -> tuple[str, Callable[[io.BytesIO], Image.Image]]:
-    for name, magic, plugin in _FORMATS:
-        if data.startswith(magic) and (name != "WebP" or data[8:12] == b"WEBP"):
+def _recognise(data: bytes, formats: Collection[str]) -> tuple[str, Callable[[io.BytesIO], Image.Image]]:
+    for name, magic, plugin in _MAGIC:
+        if name in formats and data.startswith(magic) and (name != "WebP" or data[8:12] == b"WEBP"):
             return name, plugin
-    raise ImageError(f"The {len(data)} bytes are not an image in a format that is read here.", _FORMAT_HINT)
+    raise ImageError(f"The {len(data)} bytes are not an image that is read here.", f"Send {', '.join(formats)}.")
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:
@@ -466,4 +473,4 @@ def _bilinear_at(
     return out
 
 
-__all__ = ["MAX_PIXELS", "Frame", "as_rgb", "choose_size", "decode_image", "image_key"]
+__all__ = ["MAX_PIXELS", "Frame", "as_rgb", "choose_size", "decode_image", "image_key", "open_upright"]
