@@ -1,0 +1,536 @@
+"""Segmenter: an image and ordered prompts become a mask. The only object of the core that doors talk to.
+
+Pixels of the image, the frame of the model and the memory of what is known meet here; the network, the reference
+mask, the frames and the cache live in their own files. No web, no platform, no files except the checkpoint.
+
+How a mask is made (paper 3.3, and the click loop of the released implementation):
+
+    R = start(box, initial mask)             the reference mask, uint8 [T, T]
+    for each click:  R = paint(R, click);  logits = decode(encoding, R);  R = apply(R, logits > 0)
+    mask = (logits of the last decoder pass, resized to the image) > 0, then every click is kept
+
+A box or an initial mask without clicks is decoded once as it is. Each step depends on the one before and on nothing
+else, so (R, logits) after a step are cached under a digest of everything that led to them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+import os
+import struct
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from inter2former import reference_mask
+from inter2former.checkpoints import STARTER, load_checkpoint
+from inter2former.errors import ConfigError, Inter2FormerError, NumericError, PromptError
+from inter2former.images import MAX_PIXELS, Frame, as_rgb, choose_size, image_key
+from inter2former.nn.model import ImageEncoding, Inter2Former
+from inter2former.prompts import Box, Click, check_clicks
+from inter2former.runtime.cache import ByteCache, CacheInfo
+
+Mask = npt.NDArray[np.bool_]
+UInt8 = npt.NDArray[np.uint8]
+Float32 = npt.NDArray[np.float32]
+ModelSize = int | Literal["auto"]
+TokenBox = tuple[int, int, int, int]  # left, top, right, bottom; half-open
+ModelClick = tuple[int, int, bool]  # row, column, positive; model pixels
+
+CACHE_BYTES = 512 * 2**20  # seven images at T=1024 of the base model, about sixty at T=512 of the starter
+SIZE_STEP, MIN_SIZE, MAX_SIZE = 256, 256, 4096
+STAGES = ("decode_image", "prepare", "encode", "click", "resize")
+
+_TOKEN = 16  # model pixels a token side
+_OUTSIDE = -100.0  # logit outside the box, as in the release
+_KEPT = 0.01  # size of the logit of a pixel that a click moved to the other side: as undecided as it can be
+
+
+class ImageInfo(NamedTuple):
+    """What is known of an image without its pixels: the content key, height and width."""
+
+    key: str
+    height: int
+    width: int
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.key) + 16
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Segmentation:
+    """One answer.
+
+    mask        bool [H, W] in the image, read-only
+    score       predicted IoU, 0..1; 0 when the network found nothing
+    clicks      the clicks that it answers
+    image_key   name of the image's content
+    model_size  T that was used
+    encoded     whether this request had to run the image encoder
+    timing      seconds by stage (`STAGES`); 0 for what was not needed. Waiting for another request is part of a stage
+    """
+
+    mask: Mask
+    score: float
+    clicks: tuple[Click, ...]
+    image_key: str
+    model_size: int
+    encoded: bool
+    timing: dict[str, float]
+    _frame: Frame = dataclasses.field(repr=False)
+    _found: _Found | None = dataclasses.field(repr=False)
+
+    def logits(self) -> Float32:
+        """float32 [H, W] in the image; `logits() > 0` equals `mask`. Made on demand: 4 bytes a pixel."""
+        if self._found is None:
+            return np.full(self.mask.shape, _OUTSIDE, np.float32)
+        logits = self._frame.logits_to_image(self._found.logits(self._frame.size)).numpy()
+        moved = (logits > 0) != self.mask
+        logits[moved] = np.where(self.mask[moved], np.float32(_KEPT), np.float32(-_KEPT))
+        return logits
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Found:
+    """A decoder pass: logits inside the token box, float32 [16 h, 16 w]; they are -100 outside."""
+
+    inside: Float32
+    box: TokenBox
+
+    def logits(self, size: int) -> torch.Tensor:
+        """float32 [T, T]."""
+        logits = torch.full((size, size), _OUTSIDE)
+        logits[self.pixels] = torch.from_numpy(self.inside)
+        return logits
+
+    @property
+    def pixels(self) -> tuple[slice, slice]:
+        """The box in model pixels."""
+        left, top, right, bottom = (_TOKEN * side for side in self.box)
+        return slice(top, bottom), slice(left, right)
+
+    def expected_iou(self, valid: tuple[int, int]) -> float:
+        """IoU that the probabilities promise, over the part of the box inside the first `valid` rows and columns.
+
+        With p the probability and m the mask: E[m and truth] / (m + E[truth outside m]) = sum(pm) / sum(m + p(1-m)).
+        """
+        top, left = (side.start for side in self.pixels)
+        logits = self.inside[: max(valid[0] - top, 0), : max(valid[1] - left, 0)]
+        chosen = logits > 0
+        area = int(chosen.sum())
+        if area == 0:
+            return 0.0
+        probability = torch.sigmoid(torch.from_numpy(logits)).numpy()
+        inside = float(probability.sum(where=chosen, dtype=np.float64))
+        outside = float(probability.sum(where=~chosen, dtype=np.float64))
+        return min(inside / (area + outside), 1.0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _State:
+    """What is known after a prefix of the clicks: the decoder pass and the reference mask after its prediction."""
+
+    found: _Found
+    told: UInt8  # the reference mask inside the tight box of pixels that are not possible background
+    origin: tuple[int, int]  # row and column where that box begins
+
+    @classmethod
+    def after(cls, reference: UInt8, found: _Found) -> _State:
+        prediction = np.zeros(reference.shape, np.bool_)
+        np.greater(found.inside, 0, out=prediction[found.pixels])
+        after = reference_mask.apply_prediction(reference, prediction)
+        told = after != reference_mask.POSSIBLE_BACKGROUND
+        rows, columns = np.flatnonzero(told.any(1)), np.flatnonzero(told.any(0))
+        if len(rows) == 0:
+            return cls(found, np.zeros((0, 0), np.uint8), (0, 0))
+        inside = after[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        return cls(found, inside.copy(), (int(rows[0]), int(columns[0])))
+
+    def reference(self, size: int) -> UInt8:
+        """uint8 [T, T]."""
+        (top, left), (height, width) = self.origin, self.told.shape
+        reference = reference_mask.initial(size, reference_mask.POSSIBLE_BACKGROUND)
+        reference[top : top + height, left : left + width] = self.told
+        return reference
+
+    @property
+    def nbytes(self) -> int:
+        return self.found.inside.nbytes + self.told.nbytes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Start:
+    """What the first step builds upon, in the model frame."""
+
+    box: tuple[int, int, int, int] | None
+    mask: Mask | None
+
+    def reference(self, size: int, initial: int) -> UInt8:
+        """R before the first click: a given mask or `initial` everywhere; outside a box it is possible background."""
+        if self.mask is not None:
+            state = reference_mask.from_mask(self.mask)
+        else:  # a box says that something is inside of it: unknown, also for a model that starts from background
+            state = reference_mask.initial(size, initial if self.box is None else reference_mask.UNKNOWN)
+        return state if self.box is None else reference_mask.limit_to_box(state, self.box)
+
+    def key(self) -> bytes:
+        digest = hashlib.blake2b(repr(self.box).encode(), digest_size=16)
+        if self.mask is not None:
+            digest.update(np.packbits(self.mask).data)
+        return digest.digest()
+
+
+class Segmenter:
+    """Masks from prompts, for any number of images and threads.
+
+    The mask is a function of the image's pixels, the ordered prompts, the weights and T, and of nothing else; the
+    cache only makes things faster. A cache belongs to one Segmenter, so to one set of weights. Two requests for one
+    image encode it once, requests for different images run side by side: whoever needs a queue puts it in front.
+
+    model        weights; put into evaluation mode, not to be changed afterwards
+    model_size   T, a multiple of 256 in 256..4096, or "auto": by the longer side of the image, from the config
+    cache_bytes  budget for image encodings and click states together
+    max_pixels   larger images are refused, from the header where there is one
+    digest       name of the weights, for logs and replies
+
+    raises  ConfigError for an impossible model_size or cache_bytes
+    """
+
+    def __init__(
+        self,
+        model: Inter2Former,
+        *,
+        model_size: ModelSize = "auto",
+        cache_bytes: int = CACHE_BYTES,
+        max_pixels: int = MAX_PIXELS,
+        digest: str = "",
+    ) -> None:
+        self._model = model.eval()
+        self._model_size = _check_size(model_size, ConfigError)
+        self._cache = ByteCache(cache_bytes)
+        self._max_pixels = max_pixels
+        self._encodes = 0
+        self._counter = threading.Lock()
+        self.config = model.config
+        self.digest = digest
+
+    # -- questions ---------------------------------------------------------------------------------------------------
+
+    @property
+    def encodes(self) -> int:
+        """How often the image encoder has run."""
+        return self._encodes
+
+    def cache_info(self) -> CacheInfo:
+        return self._cache.info()
+
+    def clear_cache(self) -> None:
+        """Forget everything that was computed. No mask depends on it."""
+        self._cache.clear()
+
+    def identify(self, image: bytes | npt.NDArray[np.uint8]) -> ImageInfo:
+        """Key, height and width of an image; encoded bytes that were seen before are not decoded again.
+
+        raises  ImageError
+        """
+        return _Pixels(self, image, _Clock()).info
+
+    # -- work --------------------------------------------------------------------------------------------------------
+
+    def prefetch(self, image: bytes | npt.NDArray[np.uint8], *, model_size: ModelSize | None = None) -> str:
+        """Encode an image before its first click; returns its key.
+
+        raises  ImageError, NumericError, PromptError for an impossible model_size
+        """
+        pixels = _Pixels(self, image, _Clock())
+        self._encoding(pixels, self._frame(pixels.info, model_size))
+        return pixels.info.key
+
+    def segment(
+        self,
+        image: bytes | npt.NDArray[np.uint8],
+        clicks: Sequence[Click] = (),
+        *,
+        box: Box | None = None,
+        initial_mask: Mask | None = None,
+        model_size: ModelSize | None = None,
+    ) -> Segmentation:
+        """The mask for ordered clicks and, if given, a box around the object and a mask to correct.
+
+        image         encoded bytes (JPEG, PNG, WebP, BMP, TIFF, GIF; EXIF applied) or uint8 pixels, see `images.as_rgb`
+        clicks        image pixels, x to the right, y down; the order matters
+        box           image pixels; may reach over the image's border
+        initial_mask  bool [H, W]; one that is False everywhere says nothing
+        model_size    T for this request; by default the Segmenter's
+
+        A clicked pixel ends on the side of its (last) click. Without a positive click, a box and an initial mask
+        nothing is inside: negative clicks alone give an empty mask without asking the network.
+
+        raises  ImageError; PromptError for no prompt at all, a prompt outside the image or of a wrong type or shape;
+                NumericError when the network's values are not finite
+        """
+        clock = _Clock()
+        clicks = check_clicks(clicks)
+        if box is not None and not isinstance(box, Box):
+            raise PromptError(f"box is a {type(box).__name__}; give Box(x0, y0, x1, y1).")
+        if not clicks and box is None and initial_mask is None:
+            raise PromptError("There is no prompt.", "Give a click, a box or an initial mask.")
+        pixels = _Pixels(self, image, clock)
+        info = pixels.info
+        frame = self._frame(info, model_size)
+        clicked = [(*click.pixel(info.height, info.width), click.positive) for click in clicks]
+        start = _Start(
+            box=None if box is None else frame.box_to_model(box),
+            mask=_mask_in_model(initial_mask, frame),
+        )
+
+        found, encoded = None, False
+        if any(click.positive for click in clicks) or box is not None or start.mask is not None:
+            groups = [[(*frame.model_pixel(click.x, click.y), click.positive)] for click in clicks]
+            found, encoded = self._run(pixels, frame, start, groups or [[]])
+
+        with clock("resize"):
+            if found is None:
+                mask = np.zeros((info.height, info.width), np.bool_)
+            else:
+                mask = frame.mask_from_logits(found.logits(frame.size), found.box)
+            _keep_clicks(mask, clicked)
+            mask.flags.writeable = False
+            score = 0.0 if found is None else found.expected_iou(frame.valid)
+        return Segmentation(
+            mask=mask,
+            score=score,
+            clicks=clicks,
+            image_key=info.key,
+            model_size=frame.size,
+            encoded=encoded,
+            timing=clock.seconds,
+            _frame=frame,
+            _found=found,
+        )
+
+    def _run(
+        self, pixels: _Pixels, frame: Frame, start: _Start, groups: Sequence[Sequence[ModelClick]]
+    ) -> tuple[_Found, bool]:
+        """All steps from the start, one group of clicks each; what is known already is not computed again.
+
+        returns  the last decoder pass, and whether the image was encoded
+        """
+        # A chain of digests: 16 bytes name the image, T, the start and every click so far.
+        keys: list[bytes] = []
+        previous = f"{pixels.info.key} {frame.size} ".encode() + start.key()
+        for group in groups:
+            packed = b"".join(struct.pack("<ii?", *click) for click in group)
+            previous = hashlib.blake2b(previous + packed, digest_size=16).digest()
+            keys.append(previous)
+
+        state: _State | None = None
+        known = len(keys)
+        while known and (state := self._cache.get(keys[known - 1])) is None:
+            known -= 1
+        encoding: ImageEncoding | None = None  # held until the end: the cache may be too small to keep it
+        encoded = False
+
+        def step(before: _State | None, group: Sequence[ModelClick]) -> _State:
+            nonlocal encoding, encoded
+            if encoding is None:
+                encoding, encoded = self._encoding(pixels, frame)
+            if before is None:
+                reference = start.reference(frame.size, self.config.initial_reference)
+            else:
+                reference = before.reference(frame.size)
+            reference = reference_mask.paint_clicks(reference, group, self.config.click_radius)
+            return _State.after(reference, self._decode(encoding, reference))
+
+        for key, group in zip(keys[known:], groups[known:], strict=True):
+            with pixels.clock("click"):
+                state = self._cache.get_or_make(key, functools.partial(step, state, group))
+        assert state is not None  # there is at least one group
+        return state.found, encoded
+
+    def _frame(self, info: ImageInfo, model_size: ModelSize | None) -> Frame:
+        size = self._model_size if model_size is None else _check_size(model_size, PromptError)
+        if size == "auto":
+            size = choose_size(info.height, info.width, self.config.auto_sizes)
+        return Frame(info.height, info.width, size, self.config.input_convention)
+
+    def _encoding(self, pixels: _Pixels, frame: Frame) -> tuple[ImageEncoding, bool]:
+        """From the cache, or encoded now; the second value says which."""
+        made = False
+
+        def make() -> ImageEncoding:
+            nonlocal made
+            made = True
+            rgb = pixels.rgb()
+            with pixels.clock("prepare"):
+                image = frame.prepare(rgb)
+            with pixels.clock("encode"), torch.inference_mode():
+                _use_all_threads()
+                encoding = self._model.encode(image)
+            with self._counter:
+                self._encodes += 1
+            # A sum is finite when all its parts are, and costs one pass over the memory.
+            if not all(math.isfinite(float(part.sum())) for part in (encoding.tokens, *encoding.edges)):
+                raise NumericError("The image encoding is not finite.", "The weights may be damaged.")
+            return encoding
+
+        with pixels.clock("encode"):  # waiting for another request's encode, if any
+            encoding = self._cache.get_or_make(("encoding", pixels.info.key, frame.size), make)
+        return encoding, made
+
+    def _decode(self, encoding: ImageEncoding, reference: UInt8) -> _Found:
+        with torch.inference_mode():
+            _use_all_threads()
+            decoded = self._model.decode(encoding, reference)
+            left, top, right, bottom = (_TOKEN * side for side in decoded.box)
+            inside = decoded.logits[top:bottom, left:right].numpy().copy()
+            low = decoded.low.numpy()
+        if not (np.isfinite(inside).all() and np.isfinite(low).all()):
+            raise NumericError("The network's logits are not finite.", "The weights may be damaged.")
+        return _Found(inside, decoded.box)
+
+
+def load_segmenter(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    model_size: ModelSize = "auto",
+    cache_bytes: int = CACHE_BYTES,
+    max_pixels: int = MAX_PIXELS,
+    threads: int | None = None,
+) -> Segmenter:
+    """A Segmenter from a checkpoint file; without a path from the starter weights inside the package.
+
+    threads   of the whole process, for torch and OpenCV; None leaves both as they are
+    raises    CheckpointError, ConfigError
+    """
+    if threads is not None:
+        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+            raise ConfigError(f"threads is {threads!r}.", "Give a whole number from 1 on, or None.")
+        torch.set_num_threads(threads)
+        cv2.setNumThreads(threads)
+    loaded = load_checkpoint(STARTER if path is None else path)
+    return Segmenter(
+        loaded.model, model_size=model_size, cache_bytes=cache_bytes, max_pixels=max_pixels, digest=loaded.digest
+    )
+
+
+class _Clock:
+    """Seconds by stage. A stage inside another one is not counted twice."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self._inner = 0.0
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        began, outer = time.perf_counter(), self._inner
+        self._inner = 0.0
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - began
+            self.seconds[stage] += spent - self._inner
+            self._inner = outer + spent
+
+
+class _Pixels:
+    """The image of one request: named at once, decoded only when somebody looks at its pixels."""
+
+    def __init__(self, segmenter: Segmenter, image: Any, clock: _Clock) -> None:
+        self.clock = clock
+        self._image = image
+        self._max_pixels = segmenter._max_pixels
+        self._rgb: UInt8 | None = None
+        with clock("decode_image"):
+            if isinstance(image, bytes | bytearray | memoryview):
+                alias = hashlib.blake2b(bytes(image), digest_size=16).digest()
+                self.info = segmenter._cache.get_or_make(("bytes", alias), self._identify)
+            else:
+                self.info = self._identify()
+
+    def _identify(self) -> ImageInfo:
+        rgb = self.rgb()
+        return ImageInfo(image_key(rgb), rgb.shape[0], rgb.shape[1])
+
+    def rgb(self) -> UInt8:
+        """uint8 [H, W, 3]."""
+        if self._rgb is None:
+            with self.clock("decode_image"):
+                self._rgb = as_rgb(self._image, max_pixels=self._max_pixels)
+        return self._rgb
+
+
+def _use_all_threads() -> None:
+    """Make this thread follow `torch.set_num_threads`, which a new thread does only once it has been asked.
+
+    Otherwise its first convolution may run on another number of threads than the next one, with other last bits.
+    """
+    torch.get_num_threads()
+
+
+def _check_size(size: Any, error: type[Inter2FormerError]) -> ModelSize:
+    if size == "auto":
+        return "auto"
+    whole = isinstance(size, int | np.integer) and not isinstance(size, bool)
+    if not whole or not MIN_SIZE <= size <= MAX_SIZE or size % SIZE_STEP:
+        raise error(
+            f"model_size is {size!r}.", f"Give a multiple of {SIZE_STEP} from {MIN_SIZE} to {MAX_SIZE}, or 'auto'."
+        )
+    return int(size)
+
+
+def _mask_in_model(mask: Any, frame: Frame) -> Mask | None:
+    """bool [T, T], or None when there is nothing inside."""
+    if mask is None:
+        return None
+    if not isinstance(mask, np.ndarray):
+        raise PromptError(f"initial_mask is a {type(mask).__name__}; give a bool array [H, W].")
+    if mask.dtype != np.bool_ or mask.shape != (frame.height, frame.width):
+        raise PromptError(
+            f"initial_mask is {mask.dtype} {list(mask.shape)}, the image needs bool {[frame.height, frame.width]}."
+        )
+    return frame.mask_to_model(mask) if mask.any() else None
+
+
+def _keep_clicks(mask: Mask, clicked: Sequence[tuple[int, int, bool]]) -> None:
+    """Put every clicked pixel (row, column, positive) on its side of the mask (bool [H, W], changed in place).
+
+    Where the network disagrees with a click, the 3 x 3 pixels around it follow it, but never a pixel that was clicked
+    itself. The last click on a pixel counts, and the later click where two neighbourhoods meet.
+    """
+    height, width = mask.shape
+    sides: dict[tuple[int, int], bool] = {}
+    for row, column, positive in clicked:
+        sides.pop((row, column), None)
+        sides[row, column] = positive
+    for (row, column), positive in sides.items():
+        if mask[row, column] == positive:
+            continue
+        mask[row, column] = positive
+        for y in range(max(row - 1, 0), min(row + 2, height)):
+            for x in range(max(column - 1, 0), min(column + 2, width)):
+                if (y, x) not in sides:
+                    mask[y, x] = positive
+
+
+__all__ = [
+    "CACHE_BYTES",
+    "STAGES",
+    "CacheInfo",
+    "ImageInfo",
+    "ModelSize",
+    "Segmentation",
+    "Segmenter",
+    "load_segmenter",
+]
