@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from backends.common.http import RequestError
 from inter2former.errors import ImageError, Inter2FormerError, PromptError
 from inter2former.prompts import Box, Click
 
@@ -32,12 +33,6 @@ GZIP_ABOVE_BYTES = 100_000
 
 ResponseForm = Literal["mask", "shapes"]
 Mask = npt.NDArray[np.bool_]
-
-
-class BodyError(Inter2FormerError, ValueError):
-    """The request is not a JSON object of the expected form."""
-
-    code = "body"
 
 
 class TooLargeError(Inter2FormerError, ValueError):
@@ -65,7 +60,7 @@ class Request:
 def parse(body: object) -> Request:
     """The request in an event's body: a mapping, or JSON as str, bytes, bytearray or memoryview.
 
-    Unknown keys are ignored. Raises BodyError, TooLargeError, ImageError (no image text) or PromptError naming the
+    Unknown keys are ignored. Raises RequestError, TooLargeError, ImageError (no image text) or PromptError naming the
     point or box that is wrong.
     """
     fields = _fields(body)
@@ -121,26 +116,6 @@ def wants_mask(clicks: tuple[Click, ...], box: Box | None) -> bool:
     return box is not None or any(click.positive for click in clicks)
 
 
-def visible(mask: Mask, clicks: tuple[Click, ...]) -> Mask:
-    """The mask, with 3 x 3 pixels around each positive click where the model found nothing else.
-
-    CVAT's page draws no mask of one or two pixels: the annotator would believe that the click was lost. The
-    neighbourhood stays inside the image and off the negative clicks. Every other mask is returned as it is.
-    """
-    height, width = mask.shape
-    negative = {click.pixel(height, width) for click in clicks if not click.positive}
-    positive = {click.pixel(height, width) for click in clicks if click.positive} - negative
-    area = int(np.count_nonzero(mask))
-    if not positive or (area >= 3 and area > sum(bool(mask[pixel]) for pixel in positive)):
-        return mask
-    grown = mask.copy()
-    for row, column in positive:
-        grown[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2] = True
-    for pixel in negative:
-        grown[pixel] = False
-    return grown
-
-
 def run_lengths(mask: Mask) -> list[int]:
     """CVAT's mask points: runs in row order inside the tight box, zeros first, then left, top, right, bottom.
 
@@ -193,11 +168,11 @@ def _fields(body: object) -> Mapping[str, Any]:
         try:
             body = json.loads(body if isinstance(body, str) else bytes(body))
         except (ValueError, RecursionError):
-            raise BodyError(
+            raise RequestError(
                 "The request is not JSON.", "CVAT sends an object with image, pos_points and more."
             ) from None
     if not isinstance(body, Mapping):
-        raise BodyError(f"The request is {_kind(body)}; a JSON object is expected.")
+        raise RequestError(f"The request is {_kind(body)}; a JSON object is expected.")
     return body
 
 

@@ -1,0 +1,26 @@
+"""`python -m backends.cvat_nuclio [--port 8080]`: the nuclio function over plain HTTP, for trying and testing it."""
+
+from __future__ import annotations
+
+import flask
+import nuclio_sdk
+
+from backends.cvat_nuclio import main as function
+from backends.cvat_nuclio.serve import Admission, Server, arguments, create_app, start_log
+
+
+def main() -> None:
+    options = arguments(__doc__, 8080).parse_args()
+    start_log()
+
+    def create() -> flask.Flask:
+        context = nuclio_sdk.Context()
+        function.init_context(context)
+        admission = Admission(running=options.workers, waiting=16, wait_s=10.0)
+        return create_app(function.handler, context, admission=admission)
+
+    Server(create, options.host, options.port, threads=options.workers + 22).run()
+
+
+if __name__ == "__main__":
+    main()

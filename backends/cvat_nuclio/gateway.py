@@ -1,0 +1,156 @@
+"""Plays the nuclio dashboard for a CVAT server, with our interactor inside: no nuclio, no Docker socket, no build.
+
+    CVAT_SERVERLESS=1, CVAT_NUCLIO_HOST=<this host> on CVAT's server, and
+    python -m backends.cvat_nuclio.gateway --host 0.0.0.0 --port 8070 [--upstream http://nuclio:8070]
+
+CVAT uses three routes of the dashboard; these are answered here for our function and passed on to the upstream
+dashboard, where there is one, for all others. CVAT shows its users nothing of an error but the status line, so the
+sentence that explains goes into the reason phrase. CVAT does not log in: bind to an inner network.
+"""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+from typing import Any
+
+import flask
+import httpx
+import yaml
+from werkzeug.exceptions import HTTPException
+
+from backends.common.http import BusyError
+from backends.cvat_nuclio import contract
+from backends.cvat_nuclio.main import shared_interactor
+from backends.cvat_nuclio.serve import Admission, Server, arguments, start_log, to_flask
+from backends.cvat_nuclio.service import Interactor, Reply, failed, refused
+
+FUNCTION_FILE = pathlib.Path(__file__).with_name("function.yaml")
+UPSTREAM_TIMEOUT_S = 110.0  # CVAT itself gives up after 120
+NOT_PASSED_ON = {"host", "connection", "content-length", "content-encoding", "transfer-encoding", "keep-alive"}
+
+log = logging.getLogger(__name__)
+
+
+def function_entry(port: int) -> dict[str, Any]:
+    """Our function as the dashboard lists it; CVAT's models page fails when a key is missing. From function.yaml."""
+    config = yaml.safe_load(FUNCTION_FILE.read_text(encoding="utf-8"))
+    metadata, spec = config["metadata"], config["spec"]
+    return {
+        "metadata": {
+            "name": metadata["name"],
+            "namespace": "nuclio",
+            "labels": {"nuclio.io/project-name": "cvat"},
+            "annotations": metadata["annotations"],
+        },
+        "spec": {key: spec[key] for key in ("description", "handler", "runtime")},
+        "status": {"state": "ready", "httpPort": port},
+    }
+
+
+class Upstream:
+    """A real nuclio dashboard behind the gateway, for the functions that are not ours."""
+
+    def __init__(self, url: str, *, timeout_s: float = UPSTREAM_TIMEOUT_S) -> None:
+        self._client = httpx.Client(base_url=url, timeout=httpx.Timeout(timeout_s, connect=3.0))
+
+    def functions(self) -> dict[str, Any]:
+        """Its functions by name; none, and a line in the log, when it does not answer: ours must stay usable."""
+        try:
+            response = self._client.get("/api/functions", headers=_passed_on())
+            listing = response.raise_for_status().json()
+        except (httpx.HTTPError, ValueError) as problem:
+            log.warning("the upstream dashboard gave no list of functions: %s", type(problem).__name__)
+            return {}
+        return listing if isinstance(listing, dict) else {}
+
+    def forward(self) -> flask.Response:
+        """The current request, answered by the upstream dashboard."""
+        request = flask.request
+        try:
+            answer = self._client.request(
+                request.method, request.full_path.rstrip("?"), content=request.get_data(), headers=_passed_on()
+            )
+        except httpx.TimeoutException:
+            return to_flask(refused(504, "upstream", "The upstream nuclio dashboard did not answer in time."))
+        except httpx.HTTPError:
+            return to_flask(refused(503, "upstream", "The upstream nuclio dashboard cannot be reached."))
+        headers = {key: value for key, value in answer.headers.items() if key.lower() not in NOT_PASSED_ON}
+        return flask.Response(answer.content, f"{answer.status_code} {answer.reason_phrase}", headers)
+
+
+def create_app(
+    interactor: Interactor, *, port: int = 8070, upstream: Upstream | None = None, admission: Admission | None = None
+) -> flask.Flask:
+    """A WSGI application with the dashboard's routes, and `POST /` for CVAT's invoke method "direct"."""
+    app = flask.Flask(__name__)
+    app.config["MAX_CONTENT_LENGTH"] = contract.MAX_BODY_BYTES
+    admission = admission or Admission(running=2, waiting=16, wait_s=10.0)
+    entry = function_entry(port)
+    name: str = entry["metadata"]["name"]
+
+    @app.get("/api/functions")
+    def functions() -> dict[str, Any]:
+        others = upstream.functions() if upstream else {}
+        return {**others, name: entry}
+
+    @app.get("/api/functions/<wanted>")
+    def function(wanted: str) -> flask.Response:
+        if wanted == name:
+            return flask.jsonify(entry)
+        return upstream.forward() if upstream else to_flask(_unknown(wanted))
+
+    @app.post("/api/function_invocations")
+    def invoke() -> flask.Response:
+        wanted = flask.request.headers.get("x-nuclio-function-name", "")
+        if wanted == name:
+            return click()
+        return upstream.forward() if upstream else to_flask(_unknown(wanted))
+
+    @app.post("/")
+    def click() -> flask.Response:
+        body = flask.request.get_data()
+        accepts_gzip = flask.request.accept_encodings.quality("gzip") > 0
+        try:
+            with admission.turn():
+                reply = interactor.answer(body, accepts_gzip=accepts_gzip)
+        except BusyError as busy:
+            reply = failed(busy)
+        return to_flask(reply)
+
+    @app.get("/")
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "UP", "model": interactor.segmenter.digest}
+
+    @app.errorhandler(HTTPException)
+    def refuse(problem: HTTPException) -> flask.Response:
+        return to_flask(refused(problem.code or 500, "http", problem.description or problem.name))
+
+    return app
+
+
+def _unknown(name: str) -> Reply:
+    return refused(404, "function", f"Function not found: {name[:60]!r}.")
+
+
+def _passed_on() -> dict[str, str]:
+    return {key: value for key, value in flask.request.headers.items() if key.lower() not in NOT_PASSED_ON}
+
+
+def main() -> None:
+    parser = arguments("A gateway that plays the nuclio dashboard for a CVAT server.", 8070)
+    parser.add_argument("--upstream", help="address of a real nuclio dashboard for all other functions")
+    options = parser.parse_args()
+    start_log()
+
+    def create() -> flask.Flask:
+        upstream = Upstream(options.upstream) if options.upstream else None
+        admission = Admission(running=options.workers, waiting=16, wait_s=10.0)
+        return create_app(shared_interactor(), port=options.port, upstream=upstream, admission=admission)
+
+    Server(create, options.host, options.port, threads=options.workers + 22).run()
+
+
+if __name__ == "__main__":
+    main()

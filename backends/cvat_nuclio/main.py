@@ -1,0 +1,78 @@
+"""The nuclio function: `init_context` once a worker, `handler` once a click. Translates events and responses of
+nuclio_sdk and nothing else; the work is in service.py.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from backends.common.settings import Settings, load_settings
+from backends.cvat_nuclio import contract
+from backends.cvat_nuclio.service import Interactor, Reply, refused
+from inter2former.segmenter import load_segmenter
+
+_lock = threading.Lock()
+_interactor: Interactor | None = None
+
+
+def shared_interactor() -> Interactor:
+    """The one interactor of this process: weights and caches exist once, whoever asks and however often."""
+    global _interactor
+    with _lock:
+        if _interactor is None:
+            _interactor = create_interactor(load_settings())
+        return _interactor
+
+
+def create_interactor(settings: Settings) -> Interactor:
+    """An interactor with its own weights and caches. Raises CheckpointError when the weights are not usable."""
+    segmenter = load_segmenter(
+        settings.checkpoint,
+        model_size=settings.model_size,
+        cache_bytes=settings.cache_mb * 2**20,
+        max_pixels=settings.max_pixels,
+        threads=settings.threads,
+    )
+    # auto cannot know the page: the request does not tell its version, and "mask" is what every page reads.
+    form: contract.ResponseForm = "shapes" if settings.cvat_response == "shapes" else "mask"
+    return Interactor(segmenter, form=form)
+
+
+def init_context(context: Any) -> None:
+    """Loads the weights; nuclio sends no event before this returns. `context.user_data` may hold an interactor."""
+    context.user_data.interactor = shared_interactor()
+
+
+def handler(context: Any, event: Any) -> Any:
+    """One event of nuclio_sdk, one `context.Response`. Never raises."""
+    interactor: Interactor = getattr(context.user_data, "interactor", None) or shared_interactor()
+    method = _text(getattr(event, "method", "")).upper()
+    path = _text(getattr(event, "path", "")).rstrip("/")
+    if path == "/health" or method in ("GET", "HEAD"):
+        reply = Reply(200, contract.dump({"status": "UP", "model": interactor.segmenter.digest}))
+    elif method not in ("POST", ""):
+        reply = refused(405, "method", f"{method} is not answered here; POST a request of CVAT.")
+    else:
+        accepted = _header(getattr(event, "headers", None), "accept-encoding")
+        reply = interactor.answer(event.body, accepts_gzip="gzip" in accepted)
+    # bytes travel to nuclio's processor as base64, a third larger; JSON is text
+    body: bytes | str = reply.body if "Content-Encoding" in reply.headers else reply.body.decode("ascii")
+    return context.Response(
+        body=body, headers=dict(reply.headers), content_type="application/json", status_code=reply.status
+    )
+
+
+def _header(headers: Mapping[Any, Any] | None, name: str) -> str:
+    """A header's value in lower case; nuclio hands over str or bytes, depending on its settings."""
+    for key, value in (headers or {}).items():
+        if _text(key).lower() == name:
+            return _text(value).lower()
+    return ""
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bytes):
+        return value.decode("latin-1")
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,186 @@
+"""Plays nuclio's processor over HTTP: events of nuclio_sdk go to a handler, its answers go back. For trying the
+function without nuclio and for tests; the handler cannot tell the difference. No rule of CVAT lives here.
+
+Like the processor it limits the size of a body, how many events run at once and how long one waits for its turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import logging
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import flask
+import nuclio_sdk
+from gunicorn.app.base import BaseApplication
+from gunicorn.arbiter import Arbiter
+from nuclio_sdk.event import EventDeserializerKinds
+from nuclio_sdk.json_encoder import Encoder
+from werkzeug.exceptions import HTTPException
+
+from backends.common.http import BusyError
+from backends.cvat_nuclio import contract
+from backends.cvat_nuclio.service import Reply, failed, refused
+from inter2former.errors import Inter2FormerError
+
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+FULL = "All workers are busy; try again in a moment."
+
+
+class Admission:
+    """At most `running` events at once and `waiting` more in line, each for at most `wait_s` seconds."""
+
+    def __init__(self, running: int, waiting: int, wait_s: float) -> None:
+        self._places = threading.BoundedSemaphore(running + waiting)
+        self._turns = threading.BoundedSemaphore(running)
+        self._wait_s = wait_s
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Raises BusyError: at once when the line is full, after `wait_s` when no turn came."""
+        if not self._places.acquire(blocking=False):
+            raise BusyError(FULL)
+        try:
+            if not self._turns.acquire(timeout=self._wait_s):
+                raise BusyError(FULL)
+            try:
+                yield
+            finally:
+                self._turns.release()
+        finally:
+            self._places.release()
+
+
+def create_app(
+    handler: Callable[[Any, Any], Any],
+    context: Any,
+    *,
+    admission: Admission | None = None,
+    raw_events: bool = True,
+    max_body_bytes: int = contract.MAX_BODY_BYTES,
+) -> flask.Flask:
+    """A WSGI application that hands every request to `handler(context, event)`.
+
+    raw_events   header names, path and method as bytes, which is the SDK's default; False: decoded, as
+                 NUCLIO_PYTHON_DECODE_EVENT_STRINGS makes them
+    """
+    app = flask.Flask(__name__)
+    app.config["MAX_CONTENT_LENGTH"] = max_body_bytes
+    admission = admission or Admission(running=2, waiting=16, wait_s=10.0)
+    encode = Encoder().encode
+
+    @app.route("/", defaults={"path": ""}, methods=METHODS)
+    @app.route("/<path:path>", methods=METHODS)
+    def invoke(path: str) -> flask.Response:
+        event = to_event(flask.request, raw=raw_events)
+        if flask.request.method in ("GET", "HEAD"):  # liveness does not stand in line
+            return to_response(nuclio_sdk.Response.from_entrypoint_output(encode, handler(context, event)))
+        try:
+            with admission.turn():
+                output = handler(context, event)
+        except BusyError as busy:
+            return to_flask(failed(busy))
+        return to_response(nuclio_sdk.Response.from_entrypoint_output(encode, output))
+
+    @app.errorhandler(HTTPException)
+    def refuse(problem: HTTPException) -> flask.Response:
+        return to_flask(refused(problem.code or 500, "http", problem.description or problem.name))
+
+    return app
+
+
+def to_event(request: flask.Request, *, raw: bool) -> Any:
+    """The HTTP request as the event that nuclio's Python wrapper would make of it."""
+    message: dict[str, Any] = {
+        "body": request.get_data(),
+        "content_type": request.headers.get("Content-Type", ""),
+        "trigger": {"kind": "http", "name": "http"},
+        "fields": {},
+        "headers": dict(request.headers),
+        "id": "",
+        "method": request.method,
+        "path": request.path,
+        "size": request.content_length or 0,
+        "timestamp": int(time.time()),
+        "url": request.full_path,
+        "shard_id": 0,
+        "num_shards": 0,
+        "type": "",
+        "type_version": "",
+        "version": "",
+    }
+    if raw:
+        return nuclio_sdk.Event.deserialize(_raw(message), kind=EventDeserializerKinds.msgpack_raw)
+    return nuclio_sdk.Event.deserialize(message, kind=EventDeserializerKinds.msgpack)
+
+
+def to_response(output: dict[str, Any]) -> flask.Response:
+    """The SDK's encoded answer as the processor sends it."""
+    body = base64.b64decode(output["body"]) if output["body_encoding"] == "base64" else output["body"]
+    return flask.Response(body, output["status_code"], output["headers"], content_type=output["content_type"])
+
+
+def to_flask(reply: Reply) -> flask.Response:
+    """A reply of the interactor as it is, with its error in the status line as one line of printable ASCII."""
+    phrase = re.sub(r"[^\x20-\x7e]+", " ", reply.error)[:200].strip()
+    status = f"{reply.status} {phrase}" if phrase else reply.status
+    return flask.Response(reply.body, status, dict(reply.headers), content_type="application/json")
+
+
+def _raw(value: Any) -> Any:
+    """What msgpack gives in raw mode: every text as bytes."""
+    if isinstance(value, dict):
+        return {_raw(key): _raw(item) for key, item in value.items()}
+    return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
+
+
+class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
+    """One gunicorn process with threads, so that everybody shares one cache.
+
+    `create` runs inside of the process: compute threads do not survive a fork. When it raises one of our errors the
+    server stops with that sentence and exit status 3.
+    """
+
+    def __init__(self, create: Callable[[], flask.Flask], host: str, port: int, *, threads: int = 24) -> None:
+        self._create = create
+        self._options = {
+            "bind": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+            "worker_class": "gthread",
+            "workers": 1,
+            "threads": threads,  # more than Admission lets in, so that a full line is answered at once
+            "timeout": 120,
+            "graceful_timeout": 30,
+        }
+        super().__init__()
+
+    def load_config(self) -> None:
+        for name, value in self._options.items():
+            self.cfg.set(name, value)
+
+    def load(self) -> flask.Flask:
+        try:
+            return self._create()
+        except Inter2FormerError as problem:
+            print(problem, file=sys.stderr)
+            sys.exit(Arbiter.WORKER_BOOT_ERROR)
+
+
+def arguments(description: str, port: int) -> argparse.ArgumentParser:
+    """The options that local server and gateway share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=port, help=f"port to listen on (default: {port})")
+    parser.add_argument("--workers", type=int, default=2, help="clicks computed at once (default: 2)")
+    return parser
+
+
+def start_log() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
