@@ -24,7 +24,7 @@ import torch
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from inter2former.config import InputConvention
-from inter2former.errors import ConfigError, ImageError
+from inter2former.errors import ConfigError, ImageError, PromptError
 from inter2former.prompts import Box
 
 UInt8 = npt.NDArray[np.uint8]
@@ -370,7 +370,9 @@ class Frame:
     def mask_to_model(self, mask: Bool) -> Bool:
         """bool [H, W] to bool [T, T]: a model pixel is inside when half of it is; what is not empty stays so."""
         if mask.shape != (self.height, self.width) or mask.dtype != np.bool_:
-            raise ImageError(f"The mask is {mask.dtype} {list(mask.shape)}, expected bool {[self.height, self.width]}.")
+            raise PromptError(
+                f"The mask is {mask.dtype} {list(mask.shape)}, the image needs bool {[self.height, self.width]}."
+            )
         rows, columns = self.valid
         parts = min(4, math.ceil(1 / self.scale))  # samples along each side of a model pixel
         y, x = (

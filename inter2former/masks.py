@@ -24,7 +24,8 @@ Points = npt.NDArray[np.float64]  # [N, 2]: x, y in image pixels, (0, 0) the lef
 Polygon = tuple[Points, list[Points]]  # an outline and the holes in it
 
 MAX_VERTICES = 1_000_000
-MAX_CROSSINGS = 20_000_000  # of polygon edges with rows of pixels: a comb with teeth of one pixel fills 6000 x 6000
+MAX_POLYGONS = 20_000
+MAX_CROSSINGS = 5_000_000  # of one polygon's edges with rows of pixels: more than any outline an annotator draws
 POLYGON_ERROR = 0.15  # of an object's area; see mask_to_polygons
 
 
@@ -190,6 +191,8 @@ def polygons_to_mask(polygons: Sequence[Any], height: int, width: int, *, max_pi
     raises  PromptError: fewer than 3 points, not numbers, not finite, or more work than an honest mask needs
     """
     _check_size(height, width, max_pixels)
+    if len(polygons) > MAX_POLYGONS:
+        raise PromptError(f"There are {len(polygons)} polygons, over the limit of {MAX_POLYGONS}.")
     mask = np.zeros((height, width), np.bool_)
     n_vertices = work = 0
     for polygon in polygons:
