@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inter2former.config import EdgeRule, ModelConfig
-from inter2former.nn.layers import rope_angles, rotate
+from inter2former.nn.layers import rope_tables, rotate
 from inter2former.nn.prompt_embedding import PixelBox
 from inter2former.reference_mask import UNKNOWN
 
@@ -72,6 +72,7 @@ class HybridAttention(nn.Module):
         self.codebook = nn.Parameter(torch.randn(2 * config.code_bits, a))  # "1" vectors, then "0" vectors
         self.code_proj = nn.Linear(a, config.code_bits)
         self.scale = a**-0.5
+        self._code_table: Tensor | None = None
 
     # -- use ---------------------------------------------------------------------------------------------------
     def decode(self, x: Tensor, size_hw: tuple[int, int], edge: Tensor) -> Tensor:
@@ -88,8 +89,7 @@ class HybridAttention(nn.Module):
 
     def full(self, q: Tensor, k: Tensor, v: Tensor, size_hw: tuple[int, int], queries: Tensor) -> Tensor:
         """Attention with rotary positions: q [E, a] at the True places of queries [N]; k, v [N, a]."""
-        angles = rope_angles(*size_hw, k.shape[-1], k.device)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = rope_tables(*size_hw, k.shape[-1], k.device)
         q = rotate(q, cos[queries], sin[queries])
         k = rotate(k, cos, sin)
         return F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None], scale=self.scale)[0, 0]
@@ -100,8 +100,14 @@ class HybridAttention(nn.Module):
         weights = 2 ** torch.arange(self.bits - 1, -1, -1, device=k.device)
         return (bits * weights).sum(-1)
 
+    def fix_code_table(self) -> None:
+        """Keep the code table from now on: for weights that no longer change."""
+        self._code_table = self.code_table()
+
     def code_table(self) -> Tensor:
         """The quantised key of every code, [2**L, a]."""
+        if self._code_table is not None:
+            return self._code_table
         numbers = torch.arange(2**self.bits, device=self.codebook.device)
         shifts = torch.arange(self.bits - 1, -1, -1, device=self.codebook.device)
         bits = ((numbers[:, None] >> shifts) & 1).to(self.codebook.dtype)
@@ -130,8 +136,7 @@ class HybridAttention(nn.Module):
         bits = (u + (sign - u).detach() + 1) / 2
         keys = torch.cat([bits, 1 - bits], dim=-1).to(k.dtype) @ self.codebook.to(k.dtype)  # [B, N, a]
         commitment = 0.25 * F.mse_loss(u, sign / self.bits**0.5)
-        angles = rope_angles(*size_hw, k.shape[-1], k.device)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = rope_tables(*size_hw, k.shape[-1], k.device)
         full = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, scale=self.scale)
         bsq = F.scaled_dot_product_attention(q, keys, v, scale=self.scale)
         return self.proj(torch.where(edge.unsqueeze(-1), full, bsq)), commitment

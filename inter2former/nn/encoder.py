@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inter2former.config import ModelConfig
-from inter2former.nn.layers import rope_angles, rotate
+from inter2former.nn.layers import rope_tables, rotate
 
 POSITION_GRID = 14  # the release keeps the 14 x 14 position table of its 224-pixel pre-training
 
@@ -53,10 +53,8 @@ class Attention(nn.Module):
         qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(
             3, -1, self.heads, W * W, head
         )  # [3, B*windows, heads, W*W, head]
-        angles = rope_angles(H, V, head, qkv.device).view(H // W, W, V // W, W, head // 2)
-        angles = angles.permute(0, 2, 1, 3, 4).reshape(-1, 1, W * W, head // 2)  # [windows, 1, W*W, head/2]
-        angles = angles.repeat(B, 1, 1, 1)
-        cos, sin = angles.cos(), angles.sin()
+        # Scores depend on the difference of two positions alone, so one window's table serves all of them.
+        cos, sin = rope_tables(W, W, head, qkv.device)
         q, k, v = qkv.unbind(0)
         out = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
         out = out.view(B, H // W, V // W, self.heads, W, W, head).permute(0, 1, 4, 2, 5, 3, 6)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def rope_angles(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
-    """Angles of the two-dimensional rotary embedding, float32 [height * width, dim / 2], one a channel pair.
+@functools.lru_cache(maxsize=32)
+def rope_tables(height: int, width: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the two-dimensional rotary embedding, float32 [height * width, dim / 2] each.
 
-    The first half of the pairs turns with the row, the second with the column; a step is half a position and
-    the frequencies are 10000 ** (-2i / (dim / 2)), as in the released implementation.
+    One angle a channel pair: the first half of the pairs turns with the row, the second with the column; a step is
+    half a position and the frequencies are 10000 ** (-2i / (dim / 2)), as in the released implementation.
     """
-    frequencies = 10000.0 ** (-2.0 * torch.arange(dim // 4, dtype=torch.float32, device=device) / (dim // 2))
-    rows = (0.5 * torch.arange(height, dtype=torch.float32, device=device))[:, None] * frequencies
-    columns = (0.5 * torch.arange(width, dtype=torch.float32, device=device))[:, None] * frequencies
-    grid = torch.cat(
-        [rows[:, None, :].expand(-1, width, -1), columns[None, :, :].expand(height, -1, -1)], dim=-1
-    )  # [height, width, dim / 2]
-    return grid.reshape(height * width, dim // 2)
+    with torch.inference_mode(False), torch.no_grad():  # the tables are shared with training
+        frequencies = 10000.0 ** (-2.0 * torch.arange(dim // 4, dtype=torch.float32, device=device) / (dim // 2))
+        rows = (0.5 * torch.arange(height, dtype=torch.float32, device=device))[:, None] * frequencies
+        columns = (0.5 * torch.arange(width, dtype=torch.float32, device=device))[:, None] * frequencies
+        grid = torch.cat(
+            [rows[:, None, :].expand(-1, width, -1), columns[None, :, :].expand(height, -1, -1)], dim=-1
+        )  # [height, width, dim / 2]
+        angles = grid.reshape(height * width, dim // 2)
+        return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

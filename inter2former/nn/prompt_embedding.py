@@ -60,6 +60,7 @@ class PromptEmbedding(nn.Module):
         widths = (5, *config.prompt_channels, config.embed_dim)
         self.labels = nn.Embedding(5, 5)
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in itertools.pairwise(widths))
+        self._background: Tensor | None = None
 
     def crop(self, labels: Tensor) -> Tensor:
         """labels int [B, H, W] of the crop alone -> [B, d, H/16, W/16]."""
@@ -68,8 +69,14 @@ class PromptEmbedding(nn.Module):
             x = F.relu(conv(x))
         return x
 
+    def fix_background(self) -> None:
+        """Keep the background vector from now on: for weights that no longer change."""
+        self._background = self.background()
+
     def background(self) -> Tensor:
         """The vector of a token far from everything: the stack's centre on possible background, [d]."""
+        if self._background is not None:
+            return self._background
         patch = torch.full((1, 48, 48), POSSIBLE_BACKGROUND, device=self.labels.weight.device)
         return self.crop(patch)[0, :, 1, 1]
 
