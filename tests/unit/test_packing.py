@@ -1,0 +1,75 @@
+"""A packed model computes what the plain one computes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from inter2former import reference_mask
+from inter2former.config import tiny
+from inter2former.nn.model import Inter2Former
+from inter2former.runtime import packing
+
+
+def trained_looking(**changes: object) -> Inter2Former:
+    """A tiny model whose batch norms and edge branch are not at their start."""
+    torch.manual_seed(0)
+    net = Inter2Former(dataclasses.replace(tiny(), **changes)).eval()  # type: ignore[arg-type]
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0.0, 0.2)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr]
+    for lateral in net.canny_net.laterals:
+        torch.nn.init.normal_(lateral.weight, 0.0, 0.3)
+    return net
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"stem": "patch", "stem_channels": (), "up_norm": "group"}], ids=["conv stem", "patch stem"]
+)
+def test_packed_equals_plain(changes: dict[str, object]) -> None:
+    plain = trained_looking(**changes)
+    packed = packing.pack(copy.deepcopy(plain))
+    image = torch.randn(3, 256, 256)
+    one, two = plain.encode(image), packed.encode(image)
+    torch.testing.assert_close(one.tokens, two.tokens, atol=1e-4, rtol=1e-4)
+    for a, b in zip(one.edges, two.edges, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    state = reference_mask.paint_clicks(reference_mask.initial(256), [(100, 90, True)], 5)
+    for _ in range(3):  # first click: all tokens unknown; later ones use codes and boxes
+        a, b = plain.decode(one, state), packed.decode(one, state)
+        assert a.box == b.box
+        torch.testing.assert_close(a.logits, b.logits, atol=1e-4, rtol=1e-4)
+        state = reference_mask.apply_prediction(state, a.logits.numpy() > 0)
+        state = reference_mask.paint_clicks(state, [(30, 200, False)], 5)
+
+
+def test_a_packed_linear_gives_a_row_the_same_bits_in_any_batch() -> None:
+    """The plain product does not: its kernel changes with the number of rows."""
+    if not packing.packed_linear_works():
+        pytest.skip("no packed operators on this CPU")
+    linear = packing.PackedLinear(torch.nn.Linear(40, 24))
+    x = torch.randn(33, 40)
+    whole = linear(x)
+    for row in (0, 13, 32):
+        assert np.array_equal(linear(x[row : row + 1]).numpy()[0], whole.numpy()[row])
+
+
+def test_without_the_private_operators_the_plain_layers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(linear: torch.nn.Linear) -> torch.nn.Module:
+        raise AttributeError("no such operator")
+
+    monkeypatch.setattr(packing, "PackedLinear", broken)
+    packing.packed_linear_works.cache_clear()
+    try:
+        assert not packing.packed_linear_works()
+        plain = trained_looking()
+        packed = packing.pack(copy.deepcopy(plain))
+        image = torch.randn(3, 128, 128)
+        torch.testing.assert_close(plain.encode(image).tokens, packed.encode(image).tokens, atol=1e-4, rtol=1e-4)
+    finally:
+        packing.packed_linear_works.cache_clear()
