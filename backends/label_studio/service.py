@@ -1,0 +1,474 @@
+"""What the Label Studio backend does: where contract, image fetching, credentials and the segmenter meet. It knows no
+HTTP server; app.py hands it JSON and writes down what it returns.
+
+What is remembered, all of it bounded: image files for a few minutes, the platform's address and token of each project
+from /setup, and the polarity of clicks by region id, because the page forgets it after a reload. None of it is
+needed: a mask depends on the request and the image alone, but for polarity.
+"""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import dataclasses
+import ipaddress
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import parse_qs, quote, urlsplit
+
+import cachetools
+import numpy as np
+
+from backends.common.http import BusyError, FetchError, RequestError, UrlError
+from backends.common.images import (
+    Fetcher,
+    Origin,
+    Platform,
+    Refused,
+    decode_data_url,
+    read_local_file,
+)
+from backends.common.metrics import Metrics
+from backends.common.settings import Settings
+from backends.label_studio import contract
+from backends.label_studio.credentials import Credentials, is_personal_access_token
+from inter2former.errors import ImageError, Inter2FormerError
+from inter2former.segmenter import Segmenter
+
+DOOR = "label_studio"
+FILES_BYTES = 256 * 2**20  # image files as they came; a click on a known image fetches nothing
+FILES_TTL_S = 300.0  # after that a changed file behind the same address is seen
+PROJECTS = 1000
+POLARITIES = 50_000
+LOCAL_FILES_PATH = "/data/local-files/"
+STORAGE_SCHEMES = ("s3://", "gs://", "azure-blob://", "azure_spi://")
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Project:
+    """The platform of a project and the token to read its images with."""
+
+    platform: Platform
+    token: str = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass
+class Trace:
+    """What happened in one request, for its log line and its reply."""
+
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    image_key: str = ""
+    note: str = ""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add({name: time.perf_counter() - began})
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        for name, spent in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+
+class Gate:
+    """One click computes at a time, a bounded number waits, and nobody longer than the platform would."""
+
+    def __init__(self, *, places: int, wait_s: float) -> None:
+        self._places = threading.BoundedSemaphore(places)
+        self._turn = threading.Lock()
+        self._wait_s = wait_s
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Raises BusyError at once when too many are in already."""
+        if not self._places.acquire(blocking=False):
+            raise BusyError("Too many clicks are waiting.", "Try again in a moment.")
+        try:
+            yield
+        finally:
+            self._places.release()
+
+    @contextmanager
+    def turn(self, trace: Trace) -> Iterator[None]:
+        """Raises BusyError when no turn came in time."""
+        with trace.stage("queue"):
+            mine = self._turn.acquire(timeout=self._wait_s)
+        if not mine:
+            raise BusyError(f"No turn came within {self._wait_s:g} seconds.", "Try again in a moment.")
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+
+class Backend:
+    """Answers Label Studio's calls with one segmenter. Thread-safe.
+
+    places   clicks that may be in work or waiting; the server needs more threads than that, so that /health and
+             /setup are answered meanwhile
+    """
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        settings: Settings,
+        *,
+        metrics: Metrics | None = None,
+        fetcher: Fetcher | None = None,
+        places: int = 24,
+        wait_s: float = 60.0,
+    ) -> None:
+        self.segmenter = segmenter
+        self.metrics = metrics or Metrics(DOOR, segmenter)
+        self._settings = settings
+        self._fetcher = fetcher or Fetcher(
+            max_bytes=settings.max_download_mb * 2**20,
+            timeout_s=settings.fetch_timeout_s,
+            allow_private_hosts=settings.allow_private_hosts,
+        )
+        self._credentials = Credentials(self._fetcher)
+        self._gate = Gate(places=places, wait_s=wait_s)
+        self._lock = threading.Lock()  # of the three memories below; nothing slow happens under it
+        self._files: cachetools.TTLCache[object, bytes] = cachetools.TTLCache(FILES_BYTES, FILES_TTL_S, getsizeof=len)
+        self._projects: cachetools.LRUCache[str, Project] = cachetools.LRUCache(PROJECTS)
+        self._polarity: cachetools.LRUCache[tuple[str, str, str, str], bool] = cachetools.LRUCache(POLARITIES)
+        self._warned: cachetools.LRUCache[tuple[str, str], bool] = cachetools.LRUCache(PROJECTS)
+        self._ahead = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._ahead_places = threading.BoundedSemaphore(4)
+
+    @property
+    def model_version(self) -> str:
+        return f"inter2former-{self.segmenter.digest[:12] or 'unnamed'}"
+
+    def close(self) -> None:
+        self._ahead.shutdown(wait=False, cancel_futures=True)
+        self._fetcher.close()
+
+    # -- calls -------------------------------------------------------------------------------------------------------
+
+    def setup(self, body: Any, *, peer: str, proven: bool) -> dict[str, Any]:
+        """Remembers where the platform of a project is. Answers at once, whatever the config says.
+
+        peer     address of the caller when it is known to be the caller's own, else ""
+        proven   whether the caller has shown the password of the backend
+        """
+        setup = contract.parse_setup(body)
+        self._warn("config", setup.project, contract.parse_config(setup.label_config).warnings())
+        project = self._project_of(setup, peer, proven)
+        if project is not None:
+            with self._lock:
+                self._projects[setup.project] = project
+        return {"model_version": self.model_version}
+
+    def predict(self, body: Any, trace: Trace | None = None) -> dict[str, Any]:
+        """{"results": [...]}, one entry a task, in order. Raises Inter2FormerError."""
+        trace = trace if trace is not None else Trace()
+        request = contract.parse_predict(body)
+        nothing = contract.prediction([], 0.0, self.model_version)
+        interaction = contract.read_context(request.context)
+        if interaction is None:
+            if len(request.tasks) == 1 and not request.context:  # somebody has opened this task: a click will follow
+                self._encode_ahead(request)
+            return {"results": [nothing for _ in request.tasks]}
+        with self._gate.place():
+            self.metrics.queue.inc()
+            try:
+                answer = self._click(request, interaction, trace)
+            finally:
+                self.metrics.queue.dec()
+        self.metrics.stages(trace.seconds)
+        return {"results": [answer or nothing]}
+
+    # -- a click -----------------------------------------------------------------------------------------------------
+
+    def _click(
+        self, request: contract.PredictRequest, interaction: contract.Interaction, trace: Trace
+    ) -> dict[str, Any] | None:
+        """The prediction, or None for nothing to say."""
+        task = request.tasks[0]
+        config = contract.parse_config(request.label_config)
+        control = config.mask_control(interaction.to_name)
+        polarity = self._polarities(request, interaction)
+        if control is None:
+            self._warn("config", request.project, (*config.warnings(), f"No mask control for {interaction.to_name!r}."))
+            return None
+        if not (interaction.rectangles or interaction.strokes or any(polarity.values())):
+            return None  # negative clicks alone
+        data, is_inline = self._image(request, contract.image_address(task, config, interaction), trace)
+        name = _task_name(task)
+        with self._gate.turn(trace):
+            try:
+                with trace.stage("decode_image"):
+                    info = self.segmenter.identify(data)
+            except ImageError as error:
+                if is_inline:
+                    raise
+                raise FetchError(f"{name}: {error}") from None
+            trace.image_key = info.key
+            answers = []
+            for prompt in contract.prompts(interaction, info.height, info.width, polarity.__getitem__):
+                if prompt.says_something:
+                    result = self.segmenter.segment(data, prompt.clicks, box=prompt.box, initial_mask=prompt.strokes)
+                    answers.append((result, prompt))
+                    trace.add(result.timing)
+        with trace.stage("reply"):
+            width, height = interaction.width or info.width, interaction.height or info.height
+            if (width, height) != (info.width, info.height):
+                log.warning(
+                    "%s: the page shows %d x %d pixels, the image has %d x %d; the mask is scaled",
+                    name, width, height, info.width, info.height,
+                )  # fmt: skip
+            regions = []
+            for result, prompt in answers:
+                mask = _with_strokes(result.mask, prompt)
+                mask = contract.resize_mask(mask, height, width)
+                regions += contract.regions(mask, result.score, control, interaction)
+        score = float(np.mean([result.score for result, _ in answers])) if answers else 0.0
+        trace.note = (
+            f"{len(interaction.points)} clicks, {len(interaction.rectangles)} rectangles, "
+            f"{len(interaction.strokes)} strokes, {info.width} x {info.height} pixels, {len(regions)} regions"
+        )
+        return contract.prediction(regions, score, self.model_version)
+
+    def _polarities(
+        self, request: contract.PredictRequest, interaction: contract.Interaction
+    ) -> dict[contract.Point, bool]:
+        """What the page says, else what was said before, else what the task's drafts say, else positive."""
+        project = self._project(request.project)
+        place = (project.platform.url if project else "", request.project, str(request.tasks[0].get("id"))[:40])
+        saved: dict[str, bool] | None = None
+        known: dict[contract.Point, bool] = {}
+        for point in interaction.points:
+            key = (*place, point.region[:64])
+            positive = point.positive
+            with self._lock:
+                if positive is not None and point.region:
+                    self._polarity[key] = positive
+                elif positive is None and point.region:
+                    positive = self._polarity.get(key)
+            if positive is None:
+                if saved is None:
+                    saved = contract.polarities(request.tasks[0])
+                positive = saved.get(point.region, True)
+            known[point] = positive
+        return known
+
+    def _encode_ahead(self, request: contract.PredictRequest) -> None:
+        """Fetch and encode the image of an opened task in the background; what goes wrong is only logged."""
+        if not self._ahead_places.acquire(blocking=False):
+            return
+
+        def work() -> None:
+            try:
+                config = contract.parse_config(request.label_config)
+                data, _ = self._image(request, contract.image_address(request.tasks[0], config), Trace())
+                with self._gate.turn(Trace()):
+                    self.segmenter.prefetch(data)
+            except Inter2FormerError as error:
+                log.info("not encoded ahead: %s", error)
+            except Exception:
+                log.exception("encoding ahead failed")
+            finally:
+                self._ahead_places.release()
+
+        try:
+            self._ahead.submit(work)
+        except RuntimeError:  # shutting down
+            self._ahead_places.release()
+
+    # -- images ------------------------------------------------------------------------------------------------------
+
+    def _image(self, request: contract.PredictRequest, address: str, trace: Trace) -> tuple[bytes, bool]:
+        """The bytes behind an address of a task, and whether they stood in the request itself."""
+        if address[:5].lower() == "data:":
+            return decode_data_url(address, max_bytes=self._fetcher.max_bytes), True
+        project = self._project(request.project)
+        key = (project.platform.url if project else "", request.project, address)
+        with self._lock:
+            known = self._files.get(key)
+        if known is not None:
+            return known, False
+        name = _task_name(request.tasks[0])
+        try:
+            with trace.stage("fetch"):
+                data = self._fetch(request.tasks[0], address, project)
+        except (UrlError, FetchError) as error:
+            raise _named(name, error) from None
+        with self._lock:
+            if len(data) <= self._files.maxsize:
+                self._files[key] = data
+        return data, False
+
+    def _fetch(self, task: Mapping[str, Any], address: str, project: Project | None) -> bytes:
+        local = self._local(address, project)
+        if local is not None:
+            return local
+        if address.lower().startswith(("http://", "https://")):
+            return self._get(address, project)
+        if project is None:
+            raise FetchError(
+                "The address of Label Studio is not known.",
+                "Set LABEL_STUDIO_URL, or open the labeling page again, which makes Label Studio introduce itself.",
+            )
+        if address.lower().startswith(STORAGE_SCHEMES):
+            number = task.get("id")
+            if isinstance(number, bool) or not isinstance(number, int | str) or not str(number)[:20].isdecimal():
+                raise RequestError("The task has no number, which is needed to read from its storage.")
+            uri = base64.urlsafe_b64encode(address.encode("utf-8", "surrogatepass")).decode("ascii")
+            return self._get(f"{project.platform.url}/tasks/{quote(str(number))}/presign/?fileuri={uri}", project)
+        if address.startswith("/") and not address.startswith(("//", "/\\")):
+            return self._get(_join(project.platform.url, address), project)
+        kind = address.split(":", 1)[0] if ":" in address[:40] else "no kind"
+        raise UrlError(f"Image addresses of {kind[:20]!r} are not fetched.", "Use http, https, or a platform's own.")
+
+    def _get(self, url: str, project: Project | None) -> bytes:
+        platform = project.platform if project else None
+        if project is None or platform is None or Origin.of(url) != platform.origin:
+            return self._fetcher.get(url, platform=platform)
+        headers = self._credentials.headers(platform, project.token)
+        try:
+            try:
+                return self._fetcher.get(url, platform=platform, credentials=headers)
+            except Refused as error:
+                if error.status != 401 or not self._credentials.forget(platform, project.token, headers):
+                    raise
+            return self._fetcher.get(
+                url, platform=platform, credentials=self._credentials.headers(platform, project.token)
+            )
+        except Refused as error:
+            if error.status in (401, 403):
+                raise Refused(f"{error.message} {_token_hint(project.token)}", error.status) from None
+            raise
+
+    def _local(self, address: str, project: Project | None) -> bytes | None:
+        """The file behind a local-files address, when the folder is shared with us and has it; None: ask over HTTP."""
+        root = self._settings.local_files_root
+        if root is None:
+            return None
+        try:
+            parts = urlsplit(address)
+            if parts.scheme and (project is None or Origin.of(address) != project.platform.origin):
+                return None
+            prefix = urlsplit(project.platform.url).path if project else ""
+            if parts.path not in (LOCAL_FILES_PATH, prefix + LOCAL_FILES_PATH) or (parts.netloc and not parts.scheme):
+                return None
+            named = parse_qs(parts.query, max_num_fields=20).get("d", [""])[0]
+        except ValueError:
+            return None
+        try:
+            return read_local_file(root, named, max_bytes=self._fetcher.max_bytes)
+        except FileNotFoundError:
+            if project is None:
+                raise FetchError("The local file does not exist in the shared folder.") from None
+            return None
+
+    # -- platforms ---------------------------------------------------------------------------------------------------
+
+    def _project_of(self, setup: contract.Setup, peer: str, proven: bool) -> Project | None:
+        """What /setup says, as far as it can be believed: anybody who reaches our port can send one.
+
+        - A configured address wins, and only it gets the configured key, unless the caller has shown the password of
+          the backend or runs on this machine.
+        - Otherwise images are read from the stated host with the token that came along, but from a private address
+          only when it is the caller's own.
+        """
+        configured = self._configured(setup.access_token)
+        if configured is not None:
+            return configured
+        url = setup.hostname.strip().rstrip("/")
+        if not url:
+            return None
+        try:
+            Origin.of(url)
+        except UrlError as error:
+            self._warn("hostname", setup.project, (f"The hostname that Label Studio sends is of no use: {error}",))
+            return None
+        own = _own_addresses(peer)
+        token = setup.access_token
+        key = self._settings.label_studio_api_key
+        if key is not None and (proven or "127.0.0.1" in own):
+            token = key.get_secret_value()
+        return Project(Platform(url, None if proven else own), token)
+
+    def _configured(self, token: str) -> Project | None:
+        url = self._settings.label_studio_url
+        if url is None:
+            return None
+        key = self._settings.label_studio_api_key
+        return Project(Platform(url, None), key.get_secret_value() if key is not None else token)
+
+    def _project(self, name: str) -> Project | None:
+        with self._lock:
+            known = self._projects.get(name)
+        return known or self._configured("")
+
+    def _warn(self, about: str, project: str, warnings: tuple[str, ...]) -> None:
+        """One line for each new warning of a project."""
+        for warning in dict.fromkeys(warnings):
+            with self._lock:
+                new = (project, warning) not in self._warned
+                self._warned[project, warning] = True
+            if new:
+                log.warning("project %s, %s: %s", project[:40] or "?", about, warning)
+
+
+def _with_strokes(mask: Any, prompt: contract.Prompt) -> Any:
+    """What was painted is inside, but for pixels of negative clicks."""
+    if prompt.strokes is None:
+        return mask
+    both = mask | prompt.strokes
+    for click in prompt.clicks:
+        if not click.positive:
+            row, column = click.pixel(*both.shape)
+            both[row, column] = mask[row, column]
+    return both
+
+
+def _join(base: str, path: str) -> str:
+    """`path` on the platform; one that repeats the folder that the platform lives in is not doubled."""
+    folder = urlsplit(base).path
+    if folder and path.startswith(f"{folder}/"):
+        base = base[: -len(folder)]
+    return base + path
+
+
+def _own_addresses(peer: str) -> frozenset[str]:
+    try:
+        ip = ipaddress.ip_address(peer.partition("%")[0])
+    except ValueError:
+        return frozenset()
+    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
+    ip = mapped or ip
+    return frozenset({"127.0.0.1", "::1"}) if ip.is_loopback else frozenset({str(ip)})
+
+
+def _token_hint(token: str) -> str:
+    if not token:
+        return "No token is known: set LABEL_STUDIO_API_KEY to a personal access token."
+    if is_personal_access_token(token):
+        return "The personal access token in use may be revoked or may not see this project."
+    return (
+        "Legacy tokens are switched off in new organisations: set LABEL_STUDIO_API_KEY to a personal access token, "
+        "or switch legacy tokens on in the organisation's settings."
+    )
+
+
+def _task_name(task: Mapping[str, Any]) -> str:
+    number = task.get("id")
+    good = isinstance(number, int | str) and not isinstance(number, bool) and len(str(number)) <= 20
+    return f"Task {number}" if good else "Task"
+
+
+def _named(name: str, error: UrlError | FetchError) -> UrlError | FetchError:
+    """The same error that says which task it is about."""
+    text = f"{name}: {error.message}"
+    return Refused(text, error.status) if isinstance(error, Refused) else type(error)(text, error.hint)
