@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_the_mask_cannot_be_written_to(segmenter: Segmenter, image: Image) -> No
 
 def test_clicks_move_the_mask(segmenter: Segmenter, image: Image) -> None:
     masks = [segmenter.segment(image, CLICKS[:n]).mask for n in range(1, len(CLICKS) + 1)]
-    assert all((one != other).sum() > 20 for one, other in zip(masks, masks[1:], strict=False))
+    assert all((one != other).sum() > 20 for one, other in itertools.pairwise(masks))
 
 
 def test_the_order_of_clicks_matters(segmenter: Segmenter, image: Image) -> None:
