@@ -6,12 +6,11 @@ import flask
 import nuclio_sdk
 
 from backends.cvat_nuclio import main as function
-from backends.cvat_nuclio.serve import Admission, Server, arguments, create_app, start_log
+from backends.cvat_nuclio.serve import Admission, Server, arguments, create_app
 
 
 def main() -> None:
     options = arguments(__doc__, 8080).parse_args()
-    start_log()
 
     def create() -> flask.Flask:
         context = nuclio_sdk.Context()

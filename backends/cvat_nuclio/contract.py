@@ -40,6 +40,11 @@ class TooLargeError(Inter2FormerError, ValueError):
 
     code = "too_large"
 
+    @classmethod
+    def of(cls, size: int | None) -> TooLargeError:
+        shown = "too many" if size is None else size
+        return cls(f"The request has {shown} bytes; at most {MAX_BODY_BYTES} are allowed.", "Crop or shrink the image.")
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -68,7 +73,7 @@ def parse(body: object) -> Request:
     if not isinstance(image, str):
         raise ImageError(f"image is {_kind(image)}; base64 text of an image file is expected.")
     if len(image) > MAX_BODY_BYTES:
-        raise TooLargeError(f"image has {len(image)} characters; at most {MAX_BODY_BYTES} are allowed.")
+        raise TooLargeError.of(len(image))
     if image.startswith("data:"):
         image = image.partition(",")[2]
     try:
@@ -164,7 +169,7 @@ def _rows_json(mask: Mask) -> bytes:
 def _fields(body: object) -> Mapping[str, Any]:
     if isinstance(body, bytes | bytearray | memoryview | str):
         if len(body) > MAX_BODY_BYTES:
-            raise TooLargeError(f"The request has {len(body)} bytes; at most {MAX_BODY_BYTES} are allowed.")
+            raise TooLargeError.of(len(body))
         try:
             body = json.loads(body if isinstance(body, str) else bytes(body))
         except (ValueError, RecursionError):

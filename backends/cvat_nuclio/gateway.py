@@ -17,12 +17,10 @@ from typing import Any
 import flask
 import httpx
 import yaml
-from werkzeug.exceptions import HTTPException
 
 from backends.common.http import BusyError
-from backends.cvat_nuclio import contract
 from backends.cvat_nuclio.main import shared_interactor
-from backends.cvat_nuclio.serve import Admission, Server, arguments, start_log, to_flask
+from backends.cvat_nuclio.serve import Admission, Server, arguments, limit_body, to_flask
 from backends.cvat_nuclio.service import Interactor, Reply, failed, refused
 
 FUNCTION_FILE = pathlib.Path(__file__).with_name("function.yaml")
@@ -84,7 +82,7 @@ def create_app(
 ) -> flask.Flask:
     """A WSGI application with the dashboard's routes, and `POST /` for CVAT's invoke method "direct"."""
     app = flask.Flask(__name__)
-    app.config["MAX_CONTENT_LENGTH"] = contract.MAX_BODY_BYTES
+    limit_body(app)
     admission = admission or Admission(running=2, waiting=16, wait_s=10.0)
     entry = function_entry(port)
     name: str = entry["metadata"]["name"]
@@ -110,22 +108,25 @@ def create_app(
     @app.post("/")
     def click() -> flask.Response:
         body = flask.request.get_data()
-        accepts_gzip = flask.request.accept_encodings.quality("gzip") > 0
         try:
-            with admission.turn():
-                reply = interactor.answer(body, accepts_gzip=accepts_gzip)
+            with interactor.metrics.queue.track_inprogress(), admission.turn():
+                reply = interactor.answer(
+                    body,
+                    accepts_gzip=flask.request.accept_encodings.quality("gzip") > 0,
+                    request_id=flask.request.headers.get("X-Request-Id"),
+                )
         except BusyError as busy:
             reply = failed(busy)
         return to_flask(reply)
 
     @app.get("/")
     @app.get("/health")
-    def health() -> dict[str, str]:
-        return {"status": "UP", "model": interactor.segmenter.digest}
+    def health() -> flask.Response:
+        return to_flask(interactor.health())
 
-    @app.errorhandler(HTTPException)
-    def refuse(problem: HTTPException) -> flask.Response:
-        return to_flask(refused(problem.code or 500, "http", problem.description or problem.name))
+    @app.get("/metrics")
+    def metrics() -> flask.Response:
+        return to_flask(interactor.metrics_page())
 
     return app
 
@@ -142,7 +143,6 @@ def main() -> None:
     parser = arguments("A gateway that plays the nuclio dashboard for a CVAT server.", 8070)
     parser.add_argument("--upstream", help="address of a real nuclio dashboard for all other functions")
     options = parser.parse_args()
-    start_log()
 
     def create() -> flask.Flask:
         upstream = Upstream(options.upstream) if options.upstream else None

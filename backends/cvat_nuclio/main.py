@@ -8,9 +8,10 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from backends.common.log import configure
 from backends.common.settings import Settings, load_settings
-from backends.cvat_nuclio import contract
-from backends.cvat_nuclio.service import Interactor, Reply, refused
+from backends.cvat_nuclio.contract import ResponseForm
+from backends.cvat_nuclio.service import Interactor, refused
 from inter2former.segmenter import load_segmenter
 
 _lock = threading.Lock()
@@ -18,11 +19,16 @@ _interactor: Interactor | None = None
 
 
 def shared_interactor() -> Interactor:
-    """The one interactor of this process: weights and caches exist once, whoever asks and however often."""
+    """The one interactor of this process, made from the environment: weights and caches exist once, whoever asks.
+
+    raises  ConfigError with every wrong setting, CheckpointError
+    """
     global _interactor
     with _lock:
         if _interactor is None:
-            _interactor = create_interactor(load_settings())
+            settings = load_settings()
+            configure(as_json=settings.log_json, known_secrets=settings.secrets())
+            _interactor = create_interactor(settings)
         return _interactor
 
 
@@ -36,7 +42,7 @@ def create_interactor(settings: Settings) -> Interactor:
         threads=settings.threads,
     )
     # auto cannot know the page: the request does not tell its version, and "mask" is what every page reads.
-    form: contract.ResponseForm = "shapes" if settings.cvat_response == "shapes" else "mask"
+    form: ResponseForm = "shapes" if settings.cvat_response == "shapes" else "mask"
     return Interactor(segmenter, form=form)
 
 
@@ -48,28 +54,30 @@ def init_context(context: Any) -> None:
 def handler(context: Any, event: Any) -> Any:
     """One event of nuclio_sdk, one `context.Response`. Never raises."""
     interactor: Interactor = getattr(context.user_data, "interactor", None) or shared_interactor()
-    method = _text(getattr(event, "method", "")).upper()
-    path = _text(getattr(event, "path", "")).rstrip("/")
-    if path == "/health" or method in ("GET", "HEAD"):
-        reply = Reply(200, contract.dump({"status": "UP", "model": interactor.segmenter.digest}))
+    headers = _texts(getattr(event, "headers", None))
+    method, path = _text(getattr(event, "method", "")).upper(), _text(getattr(event, "path", "")).rstrip("/")
+    if path == "/metrics":
+        reply = interactor.metrics_page()
+    elif path == "/health" or method in ("GET", "HEAD"):
+        reply = interactor.health()
     elif method not in ("POST", ""):
         reply = refused(405, "method", f"{method} is not answered here; POST a request of CVAT.")
     else:
-        accepted = _header(getattr(event, "headers", None), "accept-encoding")
-        reply = interactor.answer(event.body, accepts_gzip="gzip" in accepted)
+        reply = interactor.answer(
+            event.body,
+            accepts_gzip="gzip" in headers.get("accept-encoding", ""),
+            request_id=headers.get("x-request-id"),
+        )
     # bytes travel to nuclio's processor as base64, a third larger; JSON is text
     body: bytes | str = reply.body if "Content-Encoding" in reply.headers else reply.body.decode("ascii")
     return context.Response(
-        body=body, headers=dict(reply.headers), content_type="application/json", status_code=reply.status
+        body=body, headers=dict(reply.headers), content_type=reply.content_type, status_code=reply.status
     )
 
 
-def _header(headers: Mapping[Any, Any] | None, name: str) -> str:
-    """A header's value in lower case; nuclio hands over str or bytes, depending on its settings."""
-    for key, value in (headers or {}).items():
-        if _text(key).lower() == name:
-            return _text(value).lower()
-    return ""
+def _texts(headers: Mapping[Any, Any] | None) -> dict[str, str]:
+    """Headers by lower-case name; nuclio hands over str or bytes, depending on its settings."""
+    return {_text(key).lower(): _text(value) for key, value in (headers or {}).items()}
 
 
 def _text(value: object) -> str:

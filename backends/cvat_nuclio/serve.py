@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import logging
 import re
 import sys
 import threading
@@ -64,7 +63,6 @@ def create_app(
     *,
     admission: Admission | None = None,
     raw_events: bool = True,
-    max_body_bytes: int = contract.MAX_BODY_BYTES,
 ) -> flask.Flask:
     """A WSGI application that hands every request to `handler(context, event)`.
 
@@ -72,7 +70,7 @@ def create_app(
                  NUCLIO_PYTHON_DECODE_EVENT_STRINGS makes them
     """
     app = flask.Flask(__name__)
-    app.config["MAX_CONTENT_LENGTH"] = max_body_bytes
+    limit_body(app)
     admission = admission or Admission(running=2, waiting=16, wait_s=10.0)
     encode = Encoder().encode
 
@@ -89,11 +87,24 @@ def create_app(
             return to_flask(failed(busy))
         return to_response(nuclio_sdk.Response.from_entrypoint_output(encode, output))
 
+    return app
+
+
+def limit_body(app: flask.Flask) -> None:
+    """Refuse bodies above MAX_BODY_BYTES before they are parsed, and answer every HTTP problem with JSON."""
+    # One byte more than the limit: without a Content-Length, werkzeug cuts a body at this length and says nothing.
+    app.config["MAX_CONTENT_LENGTH"] = contract.MAX_BODY_BYTES + 1
+
+    @app.before_request
+    def measure() -> flask.Response | None:
+        size = len(flask.request.get_data())
+        return to_flask(failed(contract.TooLargeError.of(size))) if size > contract.MAX_BODY_BYTES else None
+
     @app.errorhandler(HTTPException)
     def refuse(problem: HTTPException) -> flask.Response:
-        return to_flask(refused(problem.code or 500, "http", problem.description or problem.name))
-
-    return app
+        if problem.code == 413:
+            return to_flask(failed(contract.TooLargeError.of(flask.request.content_length)))
+        return to_flask(refused(problem.code or 500, "http", problem.name))
 
 
 def to_event(request: flask.Request, *, raw: bool) -> Any:
@@ -131,7 +142,7 @@ def to_flask(reply: Reply) -> flask.Response:
     """A reply of the interactor as it is, with its error in the status line as one line of printable ASCII."""
     phrase = re.sub(r"[^\x20-\x7e]+", " ", reply.error)[:200].strip()
     status = f"{reply.status} {phrase}" if phrase else reply.status
-    return flask.Response(reply.body, status, dict(reply.headers), content_type="application/json")
+    return flask.Response(reply.body, status, dict(reply.headers), content_type=reply.content_type)
 
 
 def _raw(value: Any) -> Any:
@@ -157,12 +168,14 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
             "threads": threads,  # more than Admission lets in, so that a full line is answered at once
             "timeout": 120,
             "graceful_timeout": 30,
+            "control_socket_disable": True,  # it is a file in the home folder; serving needs no writable disk
         }
         super().__init__()
 
     def load_config(self) -> None:
         for name, value in self._options.items():
-            self.cfg.set(name, value)
+            if name in self.cfg.settings:  # older gunicorns have no control socket
+                self.cfg.set(name, value)
 
     def load(self) -> flask.Flask:
         try:
@@ -179,8 +192,3 @@ def arguments(description: str, port: int) -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=port, help=f"port to listen on (default: {port})")
     parser.add_argument("--workers", type=int, default=2, help="clicks computed at once (default: 2)")
     return parser
-
-
-def start_log() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)

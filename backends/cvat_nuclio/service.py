@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import json
 import logging
 import threading
 import time
@@ -17,6 +18,9 @@ import cachetools
 import numpy as np
 
 from backends.common.http import error_answer, error_body
+from backends.common.log import new_request_id
+from backends.common.log import request_id as logged_id
+from backends.common.metrics import CONTENT_TYPE, Metrics, version
 from backends.cvat_nuclio import contract
 from inter2former.segmenter import Segmenter
 
@@ -27,11 +31,12 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """An HTTP answer without HTTP: a JSON body, gzipped when `headers` say so. `error` is a sentence for people."""
+    """An HTTP answer without HTTP: ASCII bytes, gzipped when `headers` say so. `error` is a sentence for people."""
 
     status: int
     body: bytes = dataclasses.field(repr=False)
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    content_type: str = "application/json"
     error: str = ""
 
 
@@ -52,17 +57,35 @@ class Interactor:
     ) -> None:
         self.segmenter = segmenter
         self.form = form
+        self.metrics = Metrics("cvat", segmenter)
         self._files: cachetools.LRUCache[str, ImageFile] = cachetools.LRUCache(
             files_bytes, getsizeof=lambda file: len(file.data)
         )
         self._lock = threading.Lock()
 
-    def answer(self, body: object, *, accepts_gzip: bool = False) -> Reply:
-        """The answer to an event's body (mapping, bytes or str). Never raises; a broken request is a 4xx."""
+    def answer(self, body: object, *, accepts_gzip: bool = False, request_id: str | None = None) -> Reply:
+        """The answer to an event's body (mapping, bytes or str). Never raises; a broken request is a 4xx.
+
+        request_id   the caller's name for this request; it stands in the log and in the reply, as do the stages
+        """
+        known_as = new_request_id(request_id)
+        token = logged_id.set(known_as)
         try:
-            return self._click(body, accepts_gzip)
+            reply = self._click(body, accepts_gzip)
         except Exception as error:
-            return failed(error)
+            reply = failed(error)
+            self.metrics.error(json.loads(reply.body)["error"])
+        finally:
+            logged_id.reset(token)
+        self.metrics.request("click", reply.status)
+        return dataclasses.replace(reply, headers={**reply.headers, "X-Request-Id": known_as})
+
+    def health(self) -> Reply:
+        """Up: an interactor exists only when its weights were loaded and checked."""
+        return Reply(200, contract.dump({"status": "UP", "version": version(), "model": self.segmenter.digest}))
+
+    def metrics_page(self) -> Reply:
+        return Reply(200, self.metrics.text(), content_type=CONTENT_TYPE)
 
     def _click(self, body: object, accepts_gzip: bool) -> Reply:
         began = time.perf_counter()
@@ -72,22 +95,27 @@ class Interactor:
         clicks, box = contract.prompts(request, file.height, file.width)
         if request.n_boxes > 1:
             log.warning("%d boxes were drawn; the first one is used", request.n_boxes)
-        encoded = False
+        seconds = {"read": time.perf_counter() - began}
         if contract.wants_mask(clicks, box):
             result = self.segmenter.segment(file.data, clicks, box=box)
-            mask, encoded = result.mask, result.encoded
+            mask = result.mask
+            seconds |= result.timing
         else:
             mask = np.zeros((file.height, file.width), np.bool_)
+        found = time.perf_counter()
         answer = contract.answer(mask, self.form)
         headers = {}
         if accepts_gzip and len(answer) > contract.GZIP_ABOVE_BYTES:
             answer = gzip.compress(answer, 1, mtime=0)
             headers["Content-Encoding"] = "gzip"
+        seconds["reply"] = time.perf_counter() - found
+        self.metrics.stages(seconds)
+        stages = {stage: f"{1000 * spent:.1f}" for stage, spent in seconds.items() if spent > 0}
+        headers["Server-Timing"] = ", ".join(f"{stage};dur={spent}" for stage, spent in stages.items())
         log.info(
-            "image %s, %d x %d, %s: %d positive, %d negative%s, mask of %d pixels, %d bytes, %.0f ms",
-            digest[:12], file.width, file.height, "encoded now" if encoded else "known",
-            len(request.positive), len(request.negative), ", box" if box else "",
-            int(np.count_nonzero(mask)), len(answer), 1000 * (time.perf_counter() - began),
+            "image %s, %d x %d: %d positive, %d negative%s, mask of %d pixels, %d bytes; ms: %s",
+            digest[:16], file.width, file.height, len(request.positive), len(request.negative), ", box" if box else "",
+            int(np.count_nonzero(mask)), len(answer), " ".join(f"{stage} {spent}" for stage, spent in stages.items()),
         )  # fmt: skip
         return Reply(200, answer, headers)
 
