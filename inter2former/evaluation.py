@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import statistics
 import time
 import zipfile
@@ -24,6 +25,7 @@ import numpy.typing as npt
 
 from inter2former.errors import ConfigError, ImageError, PromptError
 from inter2former.images import decode_image
+from inter2former.masks import boundary
 from inter2former.prompts import Click
 
 Image = npt.NDArray[np.uint8]
@@ -77,13 +79,8 @@ def depth(region: Mask) -> npt.NDArray[np.float32]:
 def boundary_iou(prediction: Mask, truth: Mask, width: float = BOUNDARY_WIDTH) -> float:
     """IoU of the bands inside the two outlines; `width` is a share of the image diagonal, the band at least a pixel."""
     _check_pair(prediction, truth)
-    band_px = max(1.0, round(width * float(np.hypot(*truth.shape))))
-
-    def band(mask: Mask) -> Mask:
-        inside = depth(mask)
-        return (inside > 0) & (inside <= band_px)
-
-    return iou(band(prediction), band(truth))
+    width_px = max(1, round(width * math.hypot(*truth.shape)))
+    return iou(boundary(prediction, width_px), boundary(truth, width_px))
 
 
 def next_click(prediction: Mask, truth: Mask, clicks: Sequence[Click] = ()) -> Click | None:
