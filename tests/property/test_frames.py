@@ -67,9 +67,8 @@ def test_r5_a_point_and_its_model_pixel_are_the_same_place(frame: Frame, data: s
 
 @given(frames, st.data())
 def test_r5_a_box_covers_the_model_pixels_of_its_corners(frame: Frame, data: st.DataObject) -> None:
-    x0, y0 = data.draw(points(frame))
-    x1, y1 = data.draw(points(frame))
-    box = Box(x0, y0, x1 + 1, y1 + 1)
+    (x0, y0), (x1, y1) = data.draw(points(frame)), data.draw(points(frame))
+    box = Box(min(x0, x1), min(y0, y1), max(x0, x1) + 1, max(y0, y1) + 1)
     left, top, right, bottom = frame.box_to_model(box)
     assert 0 <= left < right <= frame.valid[1]
     assert 0 <= top < bottom <= frame.valid[0]
