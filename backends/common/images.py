@@ -20,6 +20,7 @@ import base64
 import binascii
 import concurrent.futures
 import dataclasses
+import functools
 import ipaddress
 import os
 import re
@@ -130,6 +131,12 @@ class Refused(FetchError):
         self.status = status
 
 
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """The trusted certificates of certifi, or those that SSL_CERT_FILE or SSL_CERT_DIR name. Slow to read, so once."""
+    return httpx.create_ssl_context()
+
+
 def system_resolve(host: str, port: int) -> list[str]:
     """The addresses of a name, as the operating system finds them."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -157,7 +164,6 @@ class Fetcher:
         self._allowed = _Allowed(allow_private_hosts)
         self._resolve = resolve
         self._resolvers = concurrent.futures.ThreadPoolExecutor(8, thread_name_prefix="resolve")
-        self._tls: ssl.SSLContext = httpx.create_ssl_context()
 
     def close(self) -> None:
         self._resolvers.shutdown(wait=False, cancel_futures=True)
@@ -228,7 +234,7 @@ class Fetcher:
         try:
             with (
                 httpcore.ConnectionPool(
-                    ssl_context=self._tls, max_connections=1, max_keepalive_connections=0, network_backend=backend
+                    ssl_context=_tls(), max_connections=1, max_keepalive_connections=0, network_backend=backend
                 ) as pool,
                 pool.stream(
                     method,

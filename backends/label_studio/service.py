@@ -58,6 +58,14 @@ class Project:
     token: str = dataclasses.field(repr=False)
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageFile:
+    """The bytes of a task's image. `key` is their place in the memory of files; None when they came in the request."""
+
+    data: bytes = dataclasses.field(repr=False)
+    key: tuple[str, str, str] | None
+
+
 @dataclasses.dataclass
 class Trace:
     """What happened in one request, for its log line and its reply."""
@@ -203,21 +211,24 @@ class Backend:
             return None
         if not (interaction.rectangles or interaction.strokes or any(polarity.values())):
             return None  # negative clicks alone
-        data, is_inline = self._image(request, contract.image_address(task, config, interaction), trace)
+        file = self._image(request, contract.image_address(task, config, interaction), trace)
         name = _task_name(task)
         with self._gate.turn(trace):
             try:
                 with trace.stage("decode_image"):
-                    info = self.segmenter.identify(data)
+                    info = self.segmenter.identify(file.data)
             except ImageError as error:
-                if is_inline:
+                if file.key is None:
                     raise
                 raise FetchError(f"{name}: {error}") from None
+            self._keep(file)
             trace.image_key = info.key
             answers = []
             for prompt in contract.prompts(interaction, info.height, info.width, polarity.__getitem__):
                 if prompt.says_something:
-                    result = self.segmenter.segment(data, prompt.clicks, box=prompt.box, initial_mask=prompt.strokes)
+                    result = self.segmenter.segment(
+                        file.data, prompt.clicks, box=prompt.box, initial_mask=prompt.strokes
+                    )
                     answers.append((result, prompt))
                     trace.add(result.timing)
         with trace.stage("reply"):
@@ -270,9 +281,10 @@ class Backend:
         def work() -> None:
             try:
                 config = contract.parse_config(request.label_config)
-                data, _ = self._image(request, contract.image_address(request.tasks[0], config), Trace())
+                file = self._image(request, contract.image_address(request.tasks[0], config), Trace())
                 with self._gate.turn(Trace()):
-                    self.segmenter.prefetch(data)
+                    self.segmenter.prefetch(file.data)
+                self._keep(file)
             except Inter2FormerError as error:
                 log.info("not encoded ahead: %s", error)
             except Exception:
@@ -287,26 +299,28 @@ class Backend:
 
     # -- images ------------------------------------------------------------------------------------------------------
 
-    def _image(self, request: contract.PredictRequest, address: str, trace: Trace) -> tuple[bytes, bool]:
-        """The bytes behind an address of a task, and whether they stood in the request itself."""
+    def _image(self, request: contract.PredictRequest, address: str, trace: Trace) -> ImageFile:
+        """What is behind an address of a task: from the memory of files, or fetched now."""
         if address[:5].lower() == "data:":
-            return decode_data_url(address, max_bytes=self._fetcher.max_bytes), True
+            return ImageFile(decode_data_url(address, max_bytes=self._fetcher.max_bytes), None)
         project = self._project(request.project)
         key = (project.platform.url if project else "", request.project, address)
         with self._lock:
             known = self._files.get(key)
         if known is not None:
-            return known, False
+            return ImageFile(known, key)
         name = _task_name(request.tasks[0])
         try:
             with trace.stage("fetch"):
-                data = self._fetch(request.tasks[0], address, project)
+                return ImageFile(self._fetch(request.tasks[0], address, project), key)
         except (UrlError, FetchError) as error:
             raise _named(name, error) from None
+
+    def _keep(self, file: ImageFile) -> None:
+        """Remember a file that turned out to be an image, from when it was first seen."""
         with self._lock:
-            if len(data) <= self._files.maxsize:
-                self._files[key] = data
-        return data, False
+            if file.key is not None and file.key not in self._files and len(file.data) <= self._files.maxsize:
+                self._files[file.key] = file.data
 
     def _fetch(self, task: Mapping[str, Any], address: str, project: Project | None) -> bytes:
         local = self._local(address, project)

@@ -145,13 +145,13 @@ def decode_rle(rle: list[int], height: int, width: int) -> np.ndarray:
     n_values, word = take(32), take(5) + 1
     widths = [take(4) + 1 for _ in range(4)]
     assert n_values == 4 * height * width
-    values: list[int] = []
+    values = bytearray()
     while len(values) < n_values:
         repeated = take(1)
         length = take(widths[take(2)]) + 1
-        values += [take(word)] * length if repeated else [take(word) for _ in range(length)]
+        values += bytes([take(word)]) * length if repeated else bytes(take(word) for _ in range(length))
     assert len(values) == n_values
-    return np.array(values, np.uint8).reshape(height, width, 4)[..., 3]
+    return np.frombuffer(bytes(values), np.uint8).reshape(height, width, 4)[..., 3]
 
 
 def mask_of(region: dict[str, Any]) -> np.ndarray:
