@@ -1,5 +1,308 @@
+// The border to Python: checks every argument, releases the lock, and nothing else. Wrong types raise TypeError,
+// wrong values ValueError, no memory MemoryError.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-PYBIND11_MODULE(_native, m) {
-    m.attr("INTERFACE") = 1;
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "dispatch.h"
+#include "hmoe.h"
+#include "reference_mask.h"
+#include "thread_pool.h"
+
+namespace py = pybind11;
+
+namespace {
+
+constexpr int kInterface = 1;  // runtime/native.py asks for exactly this
+constexpr std::int64_t kMaxSide = 1 << 20;
+constexpr int kMaxThreads = 1024;
+
+std::string shape_text(const std::vector<std::int64_t>& shape) {
+    std::string text = "[";
+    for (std::size_t i = 0; i < shape.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
+    return text + "]";
+}
+
+std::vector<std::int64_t> shape_of(const py::array& array) {
+    return {array.shape(), array.shape() + array.ndim()};
+}
+
+// An array of exactly this element type and rank, aligned for it.
+template <class T>
+py::array_t<T> typed(py::handle object, const std::string& name, py::ssize_t rank) {
+    const std::string want = py::str(static_cast<py::object>(py::dtype::of<T>()));
+    if (!py::isinstance<py::array>(object)) {
+        throw py::type_error(name + " must be a numpy array of " + want + ", not " +
+                             std::string(py::str(py::type::of(object).attr("__name__"))) + ".");
+    }
+    const auto array = py::reinterpret_borrow<py::array>(object);
+    if (!py::isinstance<py::array_t<T>>(object)) {
+        throw py::type_error(name + " must be " + want + ", not " + std::string(py::str(array.dtype())) + ".");
+    }
+    if (array.ndim() != rank) {
+        throw py::value_error(name + " must have " + std::to_string(rank) + " dimensions, not shape " +
+                              shape_text(shape_of(array)) + ".");
+    }
+    if (reinterpret_cast<std::uintptr_t>(array.data()) % alignof(T) != 0) {
+        throw py::value_error(name + " must be aligned to its elements.");
+    }
+    return py::reinterpret_borrow<py::array_t<T>>(object);
+}
+
+void require_shape(const py::array& array, const std::string& name, const std::vector<std::int64_t>& want) {
+    if (shape_of(array) != want) {
+        throw py::value_error(name + " must have shape " + shape_text(want) + ", not " + shape_text(shape_of(array)) +
+                              ".");
+    }
+}
+
+void require_contiguous(const py::array& array, const std::string& name) {
+    if ((array.flags() & py::array::c_style) == 0) throw py::value_error(name + " must be contiguous.");
+}
+
+// A matrix whose rows are contiguous; returns the distance of rows in elements.
+template <class T>
+std::ptrdiff_t row_stride(const py::array_t<T>& array, const std::string& name) {
+    const auto size = static_cast<py::ssize_t>(sizeof(T));
+    if ((array.shape(1) > 1 && array.strides(1) != size) || (array.shape(0) > 1 && array.strides(0) % size != 0)) {
+        throw py::value_error(name + " must have contiguous rows.");
+    }
+    return array.shape(0) > 1 ? array.strides(0) / size : array.shape(1);
+}
+
+struct Extent {
+    std::intptr_t begin, end;
+};
+
+Extent extent(const py::array& array) {
+    auto begin = reinterpret_cast<std::intptr_t>(array.data());
+    std::intptr_t end = begin + array.itemsize();
+    for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) {
+        if (array.shape(axis) == 0) return {begin, begin};
+        const std::intptr_t reach = (array.shape(axis) - 1) * array.strides(axis);
+        (reach < 0 ? begin : end) += reach;
+    }
+    return {begin, end};
+}
+
+void require_apart(const py::array& output, const py::array& input, const std::string& name) {
+    const Extent a = extent(output);
+    const Extent b = extent(input);
+    if (a.begin < b.end && b.begin < a.end) throw py::value_error("out must not overlap " + name + ".");
+}
+
+const i2f::Kernels& kernels_named(const std::string& isa) {
+    const i2f::Kernels* const kernels = i2f::find_kernels(isa);
+    if (kernels != nullptr) return *kernels;
+    std::string usable = "auto";
+    for (const i2f::Path& path : i2f::paths()) {
+        if (path.name == isa) throw py::value_error("Instruction set '" + isa + "' cannot run: " + path.reason + ".");
+        if (path.reason.empty()) usable += ", " + path.name;
+    }
+    throw py::value_error("Unknown instruction set '" + isa + "'; here: " + usable + ".");
+}
+
+class HybridExperts {
+public:
+    HybridExperts(const py::dict& weights, const std::string& isa) : hmoe_(pack(weights, kernels_named(isa))) {}
+
+    py::array_t<float> forward(const py::object& x_object, const py::object& edge_object,
+                               const std::optional<py::object>& out_object) const {
+        const py::array_t<float> x = tokens(x_object);
+        const py::array_t<bool> edge = typed<bool>(edge_object, "edge", 1);
+        require_shape(edge, "edge", {x.shape(0)});
+        require_contiguous(edge, "edge");
+        const std::ptrdiff_t x_stride = row_stride(x, "x");
+        py::array_t<float> out = out_object ? typed<float>(*out_object, "out", 2)
+                                            : py::array_t<float>(std::vector<py::ssize_t>{x.shape(0), x.shape(1)});
+        std::ptrdiff_t out_stride = x.shape(1);
+        if (out_object) {
+            require_shape(out, "out", shape_of(x));
+            out_stride = row_stride(out, "out");
+            if (!out.writeable()) throw py::value_error("out must be writeable.");
+            if (std::abs(out_stride) < out.shape(1)) throw py::value_error("out must not overlap itself.");
+            require_apart(out, x, "x");
+            require_apart(out, edge, "edge");
+        }
+        const float* const from = x.data();
+        const auto* const flags = reinterpret_cast<const std::uint8_t*>(edge.data());
+        float* const to = out.mutable_data();
+        const std::int64_t count = x.shape(0);
+        {
+            const py::gil_scoped_release unlocked;
+            hmoe_.forward(from, x_stride, flags, count, to, out_stride);
+        }
+        return out;
+    }
+
+    std::tuple<py::array_t<std::int32_t>, py::array_t<float>> route(const py::object& x_object) const {
+        const py::array_t<float> x = tokens(x_object);
+        const std::ptrdiff_t x_stride = row_stride(x, "x");
+        py::array_t<std::int32_t> chosen(x.shape(0));
+        py::array_t<float> share(x.shape(0));
+        const float* const from = x.data();
+        std::int32_t* const experts = chosen.mutable_data();
+        float* const shares = share.mutable_data();
+        const std::int64_t count = x.shape(0);
+        {
+            const py::gil_scoped_release unlocked;
+            hmoe_.route(from, x_stride, count, experts, shares);
+        }
+        return {chosen, share};
+    }
+
+    std::string isa() const { return hmoe_.kernels().name; }
+    std::size_t nbytes() const { return hmoe_.bytes(); }
+
+private:
+    py::array_t<float> tokens(const py::object& object) const {
+        py::array_t<float> x = typed<float>(object, "x", 2);
+        if (x.shape(0) > std::numeric_limits<std::int32_t>::max()) throw py::value_error("x has too many rows.");
+        require_shape(x, "x", {x.shape(0), hmoe_.width()});
+        return x;
+    }
+
+    static i2f::Hmoe pack(const py::dict& weights, const i2f::Kernels& kernels) {
+        std::vector<py::array_t<float>> alive;
+        std::vector<std::string> known;
+        const auto get = [&](const char* name, py::ssize_t rank) {
+            if (!weights.contains(name)) throw py::value_error(std::string("Weight '") + name + "' is missing.");
+            known.emplace_back(name);
+            alive.push_back(typed<float>(weights[name], name, rank));
+            require_contiguous(alive.back(), name);
+            return alive.back();
+        };
+        const py::array_t<float> w1 = get("w1", 3);
+        const std::int64_t experts = w1.shape(0);
+        const std::int64_t hidden = w1.shape(1);
+        const std::int64_t width = w1.shape(2);
+        if (experts < 1 || experts > i2f::kMaxExperts) {
+            throw py::value_error("w1 must hold 1 to 64 experts, not " + std::to_string(experts) + ".");
+        }
+        if (hidden < 1 || hidden > kMaxSide || width < 1 || width > kMaxSide) {
+            throw py::value_error("w1 must have shape [experts, hidden, width], not " + shape_text(shape_of(w1)) + ".");
+        }
+        const auto data = [&](const char* name, const std::vector<std::int64_t>& shape) {
+            const py::array_t<float> array = get(name, static_cast<py::ssize_t>(shape.size()));
+            require_shape(array, name, shape);
+            return array.data();
+        };
+        i2f::HmoeSource source{};
+        source.width = width;
+        source.hidden = hidden;
+        source.experts = experts;
+        source.shared = {data("shared_w1.weight", {hidden, width}), data("shared_w1.bias", {hidden}),
+                         data("shared_w2.weight", {hidden, width}), data("shared_w2.bias", {hidden}),
+                         data("shared_w3.weight", {width, hidden}), data("shared_w3.bias", {width})};
+        source.shared_norm_weight = data("shared_norm.weight", {hidden});
+        source.shared_norm_bias = data("shared_norm.bias", {hidden});
+        source.routed = {w1.data(),
+                         data("b1", {experts, hidden}),
+                         data("w2", {experts, hidden, width}),
+                         data("b2", {experts, hidden}),
+                         data("w3", {experts, width, hidden}),
+                         data("b3", {experts, width})};
+        source.norm_weight = data("norm.weight", {hidden});
+        source.norm_bias = data("norm.bias", {hidden});
+        source.shared_gate_weight = data("shared_gate.weight", {1, width});
+        source.shared_gate_bias = data("shared_gate.bias", {1});
+        source.expert_gate_weight = data("expert_gate.weight", {experts, width});
+        source.expert_gate_bias = data("expert_gate.bias", {experts});
+        source.expert_bias = data("expert_bias", {experts});
+        if (weights.size() != known.size()) throw py::value_error("weights holds names that are not known.");
+        return {source, kernels};
+    }
+
+    i2f::Hmoe hmoe_;
+};
+
+py::array_t<bool> edge_tokens(const py::object& reference_object, const std::array<std::int64_t, 4>& box,
+                              bool constant_is_edge, std::int64_t patch, const std::string& isa) {
+    const i2f::Kernels& kernels = kernels_named(isa);
+    const py::array_t<std::uint8_t> reference = typed<std::uint8_t>(reference_object, "reference", 2);
+    const std::ptrdiff_t stride = row_stride(reference, "reference");
+    const std::int64_t height = reference.shape(0);
+    const std::int64_t width = reference.shape(1);
+    if (patch < 1 || height % patch != 0 || width % patch != 0) {
+        throw py::value_error("patch must divide the shape of reference, " + shape_text(shape_of(reference)) + ".");
+    }
+    const auto [left, top, right, bottom] = box;
+    if (left < 0 || top < 0 || right > width || bottom > height || left >= right || top >= bottom) {
+        throw py::value_error("box " + shape_text({left, top, right, bottom}) +
+                              " must be left, top, right, bottom with an area inside reference, " +
+                              shape_text(shape_of(reference)) + ".");
+    }
+    py::array_t<bool> edge(std::vector<py::ssize_t>{height / patch, width / patch});
+    const std::uint8_t* const from = reference.data();
+    auto* const to = reinterpret_cast<std::uint8_t*>(edge.mutable_data());
+    {
+        const py::gil_scoped_release unlocked;
+        i2f::edge_tokens(kernels, from, stride, height, width, {left, top, right, bottom}, constant_is_edge, patch, to);
+    }
+    return edge;
+}
+
+py::array_t<std::uint8_t> apply_prediction(const py::object& state_object, const py::object& prediction_object,
+                                           const std::string& isa) {
+    const i2f::Kernels& kernels = kernels_named(isa);
+    const py::array_t<std::uint8_t> state = typed<std::uint8_t>(state_object, "state", 2);
+    const py::array_t<bool> prediction = typed<bool>(prediction_object, "prediction", 2);
+    require_contiguous(state, "state");
+    require_contiguous(prediction, "prediction");
+    require_shape(prediction, "prediction", shape_of(state));
+    py::array_t<std::uint8_t> out(std::vector<py::ssize_t>{state.shape(0), state.shape(1)});
+    const std::uint8_t* const from = state.data();
+    const auto* const flags = reinterpret_cast<const std::uint8_t*>(prediction.data());
+    std::uint8_t* const to = out.mutable_data();
+    const std::int64_t count = state.size();
+    std::uint8_t largest = 0;
+    {
+        const py::gil_scoped_release unlocked;
+        largest = kernels.transition(from, flags, count, to);
+    }
+    if (largest > 4) throw py::value_error("state holds " + std::to_string(largest) + "; states are 0 to 4.");
+    return out;
+}
+
+std::vector<std::tuple<std::string, std::string, std::string>> instruction_sets() {
+    std::vector<std::tuple<std::string, std::string, std::string>> rows;
+    for (const i2f::Path& path : i2f::paths()) {
+        rows.emplace_back(path.name, path.kernels != nullptr ? path.kernels->sentence : "", path.reason);
+    }
+    return rows;
+}
+
+void set_threads(int count) {
+    if (count < 1 || count > kMaxThreads) {
+        throw py::value_error("threads must be 1 to 1024, not " + std::to_string(count) + ".");
+    }
+    i2f::set_threads(count);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
+    m.doc() = "Compiled kernels of Inter2Former; used through inter2former.runtime.native.";
+    m.attr("INTERFACE") = kInterface;
+    m.def("instruction_sets", &instruction_sets);
+    m.def("threads", &i2f::threads);
+    m.def("set_threads", &set_threads, py::arg("count"));
+    m.def("edge_tokens", &edge_tokens, py::arg("reference"), py::arg("box"), py::arg("constant_is_edge") = false,
+          py::arg("patch") = 16, py::arg("isa") = "auto");
+    m.def("apply_prediction", &apply_prediction, py::arg("state"), py::arg("prediction"), py::arg("isa") = "auto");
+    py::class_<HybridExperts>(m, "HybridExperts")
+        .def(py::init<const py::dict&, const std::string&>(), py::arg("weights"), py::arg("isa") = "auto")
+        .def("forward", &HybridExperts::forward, py::arg("x"), py::arg("edge"), py::arg("out") = py::none())
+        .def("route", &HybridExperts::route, py::arg("x"))
+        .def_property_readonly("isa", &HybridExperts::isa)
+        .def_property_readonly("nbytes", &HybridExperts::nbytes);
 }

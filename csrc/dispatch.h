@@ -1,0 +1,23 @@
+// Which instruction sets were built, which of them this CPU can run, and how one is chosen by name.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace i2f {
+
+struct Path {
+    const Kernels* kernels;  // null: not built for this processor family
+    std::string name;
+    std::string reason;  // empty: usable; else why not
+};
+
+// All paths by preference, best first; portable and scalar are always usable.
+const std::vector<Path>& paths();
+
+// The path of that name, or the best usable one for "auto". Null when it is unknown or not usable here.
+const Kernels* find_kernels(const std::string& name);
+
+}  // namespace i2f

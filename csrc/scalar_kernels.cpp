@@ -1,0 +1,81 @@
+// The scalar path: the specification of the other paths, in plain C++. Read this one first; tests compare with it.
+#include <cmath>
+
+#include "kernels.h"
+
+namespace i2f {
+namespace {
+
+#include "mask_kernels.inc"
+
+constexpr std::int64_t L = 4;  // as the portable path; only the packing depends on it
+
+float sigmoid(float v) { return 1.0F / (1.0F + std::exp(-v)); }
+
+std::int64_t row_of(const Rows& rows, std::int64_t i) {
+    return rows.index != nullptr ? static_cast<std::int64_t>(rows.index[i]) : rows.first + i;
+}
+
+// sum[0 .. 2L) = bias + x . panel, terms added in the order of k
+void product(const float* x, std::int64_t terms, const float* panel, const float* bias, float* sum) {
+    for (std::int64_t j = 0; j < 2 * L; ++j) {
+        sum[j] = bias[j];
+        for (std::int64_t k = 0; k < terms; ++k) sum[j] += x[k] * panel[2 * L * k + j];
+    }
+}
+
+void layer_norm(float* v, std::int64_t count, const float* weight, const float* bias) {
+    float mean = 0.0F;
+    for (std::int64_t j = 0; j < count; ++j) mean += v[j];
+    mean /= static_cast<float>(count);
+    float variance = 0.0F;
+    for (std::int64_t j = 0; j < count; ++j) variance += (v[j] - mean) * (v[j] - mean);
+    variance /= static_cast<float>(count);
+    const float scale = 1.0F / std::sqrt(variance + kNormEps);
+    for (std::int64_t j = 0; j < count; ++j) v[j] = (v[j] - mean) * scale * weight[j] + bias[j];
+}
+
+void ffn(const FfnWeights& weights, const Rows& rows, const float* share, float* scratch) {
+    const std::int64_t d = weights.width;
+    const std::int64_t hidden = weights.hidden;
+    float sum[2 * L];
+    for (std::int64_t i = 0; i < rows.count; ++i) {
+        const float* x = rows.x + row_of(rows, i) * rows.x_stride;
+        float* out = rows.out + row_of(rows, i) * rows.out_stride;
+        float* h = scratch;
+        for (std::int64_t j0 = 0; j0 < hidden; j0 += L) {
+            product(x, d, weights.w12 + 2 * j0 * d, weights.b12 + 2 * j0, sum);
+            for (std::int64_t j = 0; j < L; ++j) h[j0 + j] = sum[j] * sigmoid(sum[j]) * sum[L + j];
+        }
+        layer_norm(h, hidden, weights.norm_weight, weights.norm_bias);
+        for (std::int64_t j0 = 0; j0 < d; j0 += 2 * L) {
+            product(h, hidden, weights.w3 + j0 * hidden, weights.b3 + j0, sum);
+            const std::int64_t count = d - j0 < 2 * L ? d - j0 : 2 * L;
+            for (std::int64_t j = 0; j < count; ++j) {
+                out[j0 + j] = share == nullptr ? sum[j] : share[i] * out[j0 + j] + (1.0F - share[i]) * sum[j];
+            }
+        }
+    }
+}
+
+void gates(const GateWeights& weights, const Rows& rows, std::int32_t* chosen, float* share, float* scratch) {
+    const std::int64_t columns = weights.experts + 1;
+    for (std::int64_t i = 0; i < rows.count; ++i) {
+        const float* x = rows.x + row_of(rows, i) * rows.x_stride;
+        for (std::int64_t j0 = 0; j0 < columns; j0 += 2 * L) {
+            product(x, weights.width, weights.w + j0 * weights.width, weights.b + j0, scratch + j0);
+        }
+        std::int32_t best = 0;
+        for (std::int32_t e = 1; e < weights.experts; ++e) {
+            if (sigmoid(scratch[e]) + weights.bias[e] > sigmoid(scratch[best]) + weights.bias[best]) best = e;
+        }
+        chosen[i] = best;
+        share[i] = sigmoid(sigmoid(scratch[weights.experts]) - sigmoid(scratch[best]));
+    }
+}
+
+}  // namespace
+
+const Kernels kScalar = {"scalar", "one number at a time, the specification", L, 1, ffn, gates, min_max, find, transition};
+
+}  // namespace i2f

@@ -1,0 +1,24 @@
+// Threads for one native call: a process-wide pool whose size is the one setting.
+//
+// Not OpenMP: two OpenMP runtimes in a process (torch brings its own) mean two sets of spinning threads, its workers
+// do not survive a fork, and thread sanitizers cannot see through it.
+//
+// Items are independent and each is computed by exactly one thread, so results do not depend on the number of
+// threads. A call that finds the pool busy with another call runs alone, on its own thread: many callers share the
+// cores instead of queueing for them.
+#pragma once
+
+#include <cstdint>
+
+namespace i2f {
+
+using Work = void (*)(void* context, std::int64_t item, int worker);  // must not throw; worker in [0, threads)
+
+int threads();
+void set_threads(int count);  // count >= 1, the caller's thread included
+
+// Call work(context, item, worker) once for every item in [0, items), on at most `limit` threads, and return after
+// the last. A worker number is used by one thread at a time.
+void parallel(std::int64_t items, int limit, Work work, void* context);
+
+}  // namespace i2f

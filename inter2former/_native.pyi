@@ -1,0 +1,35 @@
+"""Types of the compiled module (csrc/bindings.cpp). Use it through inter2former.runtime.native."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+INTERFACE: int
+
+def instruction_sets() -> list[tuple[str, str, str]]:
+    """(name, what it is, why it cannot run here or "") of every path, best first."""
+
+def threads() -> int: ...
+def set_threads(count: int) -> None: ...
+def edge_tokens(
+    reference: npt.NDArray[np.uint8],
+    box: tuple[int, int, int, int],
+    constant_is_edge: bool = False,
+    patch: int = 16,
+    isa: str = "auto",
+) -> npt.NDArray[np.bool_]: ...
+def apply_prediction(
+    state: npt.NDArray[np.uint8], prediction: npt.NDArray[np.bool_], isa: str = "auto"
+) -> npt.NDArray[np.uint8]: ...
+
+class HybridExperts:
+    def __init__(self, weights: dict[str, npt.NDArray[Any]], isa: str = "auto") -> None: ...
+    def forward(
+        self, x: npt.NDArray[np.float32], edge: npt.NDArray[np.bool_], out: npt.NDArray[np.float32] | None = None
+    ) -> npt.NDArray[np.float32]: ...
+    def route(self, x: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...

@@ -1,0 +1,128 @@
+"""The compiled module, or its PyTorch twins where it is absent: one answer either way, only the time differs.
+
+Each function here has the signature and the result of its twin in `inter2former.nn` or `inter2former.reference_mask`.
+Nothing is loaded at import; the first use loads the module and, where that fails, says so in one line of the log.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import threading
+from collections.abc import Callable
+from types import ModuleType
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from inter2former import reference_mask
+from inter2former.config import EdgeRule
+from inter2former.nn import attention
+from inter2former.nn.experts import HybridExperts
+from inter2former.nn.prompt_embedding import PixelBox
+
+INTERFACE = 1  # of csrc/bindings.cpp; a module of another version is not used
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeStatus:
+    """What `inter2former info` and the servers' metrics report."""
+
+    available: bool
+    instruction_set: str  # "" without the module
+    refused: dict[str, str]  # instruction sets that are not used here, and why
+    threads: int
+    error: str  # why the module is not there; "" when it is
+
+
+_lock = threading.Lock()
+_loaded: list[tuple[ModuleType | None, str]] = []  # at most one: (module, error)
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    with _lock:
+        if not _loaded:
+            _loaded.append(_try_import())
+            if _loaded[0][0] is None:
+                log.warning("Native module not usable (%s); PyTorch does its work, more slowly.", _loaded[0][1])
+        return _loaded[0]
+
+
+def _try_import() -> tuple[ModuleType | None, str]:
+    try:
+        module = importlib.import_module("inter2former._native")
+    except ImportError as error:
+        return None, str(error)
+    if module.INTERFACE != INTERFACE:
+        return None, f"it has interface {module.INTERFACE}, this package needs {INTERFACE}; build it again"
+    return module, ""
+
+
+def forget() -> None:
+    """Load again at the next use; for tests."""
+    with _lock:
+        _loaded.clear()
+
+
+def status() -> NativeStatus:
+    """Which instruction set runs, and why not a better one."""
+    module, error = _load()
+    if module is None:
+        return NativeStatus(False, "", {}, torch.get_num_threads(), error)
+    rows = module.instruction_sets()
+    chosen = next(name for name, _, reason in rows if not reason)
+    return NativeStatus(True, chosen, {name: reason for name, _, reason in rows if reason}, module.threads(), "")
+
+
+def set_threads(count: int) -> None:
+    """Threads of one native call, from the one setting; results do not depend on it. ValueError outside 1..1024."""
+    module, _ = _load()
+    if module is not None:
+        module.set_threads(count)
+
+
+def experts(module: HybridExperts, isa: str = "auto") -> Callable[[Tensor, Tensor], Tensor]:
+    """The same function as the module in evaluation mode, (x [N, d], edge [N]) -> [N, d], with its weights of now.
+
+    isa      name of an instruction set, for tests; ValueError where it cannot run
+    returns  a callable for float32 on the CPU without gradients; a row's result depends on that row alone
+    """
+    native, _ = _load()
+    if native is None:
+        return module
+    weights = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+        for name, tensor in module.state_dict().items()
+    }
+    packed = native.HybridExperts(weights, isa)
+
+    def forward(x: Tensor, edge: Tensor) -> Tensor:
+        rows = x if x.stride(-1) == 1 else x.contiguous()
+        return torch.from_numpy(packed.forward(rows.detach().numpy(), edge.numpy()))
+
+    return forward
+
+
+def edge_tokens(
+    reference: npt.NDArray[np.uint8], box: PixelBox, rule: EdgeRule = "exact", patch: int = 16
+) -> npt.NDArray[np.bool_]:
+    """Which tokens get full attention, as attention.edge_tokens."""
+    native, _ = _load()
+    if native is None:
+        return attention.edge_tokens(reference, box, rule, patch)
+    edge: npt.NDArray[np.bool_] = native.edge_tokens(reference, box, rule == "released", patch)
+    return edge
+
+
+def apply_prediction(state: reference_mask.State, prediction: reference_mask.Mask) -> reference_mask.State:
+    """Fold one prediction into the state, as reference_mask.apply_prediction."""
+    native, _ = _load()
+    if native is None:
+        return reference_mask.apply_prediction(state, prediction)
+    moved: reference_mask.State = native.apply_prediction(state, prediction)
+    return moved
