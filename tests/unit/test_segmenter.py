@@ -112,6 +112,7 @@ def test_the_score_is_the_iou_that_the_probabilities_promise(segmenter: Segmente
 def test_bytes_and_pixels_are_the_same_image(segmenter: Segmenter, image: Image, image_png: bytes) -> None:
     from_bytes, from_pixels = segmenter.segment(image_png, CLICKS), segmenter.segment(image, CLICKS)
     assert same(from_bytes, from_pixels)
+    assert same(from_bytes, segmenter.segment(bytearray(image_png), CLICKS))
     assert from_bytes.image_key == from_pixels.image_key
     assert segmenter.encodes == 1
 
