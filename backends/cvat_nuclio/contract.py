@@ -145,7 +145,7 @@ def answer(mask: Mask, form: ResponseForm) -> bytes:
             No confidence is sent: the page hides shapes below its slider, and a click would seem to do nothing.
     """
     if form == "mask":
-        return b'{"mask":' + _rows_json(mask) + b"}"
+        return _mask_json(mask)
     shapes = [{"type": "mask", "points": run_lengths(mask), "attributes": []}] if mask.any() else []
     return dump({"shapes": shapes})
 
@@ -155,15 +155,18 @@ def dump(value: object) -> bytes:
     return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
 
 
-def _rows_json(mask: Mask) -> bytes:
-    """[[0,1,...],...] of a bool [H, W], written by filling bytes: json.dumps takes seconds at 12 megapixels."""
-    height, width = mask.shape
-    text = np.full((height, 2 * width + 2), ord(","), np.uint8)
-    text[:, 0] = ord("[")
-    text[:, 1 : 2 * width : 2] = mask
-    text[:, 1 : 2 * width : 2] += ord("0")
-    text[:, 2 * width] = ord("]")
-    return b"[" + text.tobytes()[:-1] + b"]"  # without the last row's comma
+def _mask_json(mask: Mask) -> bytes:
+    """{"mask":[[0,1,...],...]} of a bool [H, W]. Two bytes a pixel, a digit and what follows it, are written as one
+    number: json.dumps takes more than a second at 12 megapixels."""
+    pairs = np.empty((mask.shape[0], mask.shape[1] + 1), "<u2")
+    pairs[:, 0] = _pair_of(",[")
+    np.add(mask, np.uint16(_pair_of("0,")), out=pairs[:, 1:])
+    pairs[:, -1] += np.uint16(_pair_of("0]") - _pair_of("0,"))
+    return b"".join((b'{"mask":[', pairs.data.cast("B")[1:], b"]}"))  # without the first row's comma
+
+
+def _pair_of(text: str) -> int:
+    return ord(text[0]) | ord(text[1]) << 8
 
 
 def _fields(body: object) -> Mapping[str, Any]:

@@ -4,15 +4,21 @@ nuclio_sdk and nothing else; the work is in service.py.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from backends.common.log import configure
 from backends.common.settings import Settings, load_settings
 from backends.cvat_nuclio.contract import ResponseForm
 from backends.cvat_nuclio.service import Interactor, refused
+from inter2former.prompts import Click
 from inter2former.segmenter import load_segmenter
+
+log = logging.getLogger(__name__)
 
 _lock = threading.Lock()
 _interactor: Interactor | None = None
@@ -28,12 +34,19 @@ def shared_interactor() -> Interactor:
         if _interactor is None:
             settings = load_settings()
             configure(as_json=settings.log_json, known_secrets=settings.secrets())
+            if settings.basic_auth_user is not None:
+                log.warning(
+                    "I2F_BASIC_AUTH_USER guards no door of CVAT: CVAT cannot log in. Keep it on an inner network."
+                )
             _interactor = create_interactor(settings)
         return _interactor
 
 
 def create_interactor(settings: Settings) -> Interactor:
-    """An interactor with its own weights and caches. Raises CheckpointError when the weights are not usable."""
+    """An interactor with its own weights and caches, after one click on nothing: the first person waits for no set-up.
+
+    raises  CheckpointError, ConfigError, NumericError
+    """
     segmenter = load_segmenter(
         settings.checkpoint,
         model_size=settings.model_size,
@@ -41,6 +54,8 @@ def create_interactor(settings: Settings) -> Interactor:
         max_pixels=settings.max_pixels,
         threads=settings.threads,
     )
+    segmenter.segment(np.zeros((64, 64, 3), np.uint8), [Click(32, 32)])
+    segmenter.clear_cache()
     # auto cannot know the page: the request does not tell its version, and "mask" is what every page reads.
     form: ResponseForm = "shapes" if settings.cvat_response == "shapes" else "mask"
     return Interactor(segmenter, form=form)

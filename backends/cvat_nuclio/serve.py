@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import os
 import re
 import sys
 import threading
@@ -168,6 +169,8 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
             "threads": threads,  # more than Admission lets in, so that a full line is answered at once
             "timeout": 120,
             "graceful_timeout": 30,
+            # The heartbeat is a file: in memory, where there is one of the kind.
+            "worker_tmp_dir": "/dev/shm" if os.access("/dev/shm", os.W_OK) else None,
             "control_socket_disable": True,  # it is a file in the home folder; serving needs no writable disk
         }
         super().__init__()

@@ -22,7 +22,7 @@ from backends.common.log import new_request_id
 from backends.common.log import request_id as logged_id
 from backends.common.metrics import CONTENT_TYPE, Metrics, version
 from backends.cvat_nuclio import contract
-from inter2former.segmenter import Segmenter
+from inter2former.segmenter import ImageInfo, Segmenter
 
 FILES_BYTES = 128 * 2**20  # image files kept by the digest of their base64 text: some twenty photos of 12 megapixels
 
@@ -42,11 +42,10 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True)
 class ImageFile:
-    """A file that was decoded once, so that its size is known."""
+    """A file that was decoded once, so that its content key and size are known."""
 
     data: bytes = dataclasses.field(repr=False)
-    height: int
-    width: int
+    info: ImageInfo
 
 
 class Interactor:
@@ -90,9 +89,9 @@ class Interactor:
     def _click(self, body: object, accepts_gzip: bool) -> Reply:
         began = time.perf_counter()
         request = contract.parse(body)
-        digest = request.image_digest
-        file = self._file(request, digest)
-        clicks, box = contract.prompts(request, file.height, file.width)
+        file = self._file(request)
+        key, height, width = file.info
+        clicks, box = contract.prompts(request, height, width)
         if request.n_boxes > 1:
             log.warning("%d boxes were drawn; the first one is used", request.n_boxes)
         seconds = {"read": time.perf_counter() - began}
@@ -101,10 +100,10 @@ class Interactor:
             mask = result.mask
             seconds |= result.timing
         else:
-            mask = np.zeros((file.height, file.width), np.bool_)
+            mask = np.zeros((height, width), np.bool_)
         found = time.perf_counter()
         answer = contract.answer(mask, self.form)
-        headers = {}
+        headers = {"X-Image-Key": key}
         if accepts_gzip and len(answer) > contract.GZIP_ABOVE_BYTES:
             answer = gzip.compress(answer, 1, mtime=0)
             headers["Content-Encoding"] = "gzip"
@@ -114,19 +113,19 @@ class Interactor:
         headers["Server-Timing"] = ", ".join(f"{stage};dur={spent}" for stage, spent in stages.items())
         log.info(
             "image %s, %d x %d: %d positive, %d negative%s, mask of %d pixels, %d bytes; ms: %s",
-            digest[:16], file.width, file.height, len(request.positive), len(request.negative), ", box" if box else "",
+            key, width, height, len(request.positive), len(request.negative), ", box" if box else "",
             int(np.count_nonzero(mask)), len(answer), " ".join(f"{stage} {spent}" for stage, spent in stages.items()),
         )  # fmt: skip
         return Reply(200, answer, headers)
 
-    def _file(self, request: contract.Request, digest: str) -> ImageFile:
+    def _file(self, request: contract.Request) -> ImageFile:
         """The image file by the digest of its text: a known one is neither decoded from base64 nor from JPEG."""
+        digest = request.image_digest
         with self._lock:
             file = self._files.get(digest)
         if file is None:
             data = contract.image_bytes(request)
-            info = self.segmenter.identify(data)
-            file = ImageFile(data, info.height, info.width)
+            file = ImageFile(data, self.segmenter.identify(data))
             with self._lock:
                 if len(data) <= self._files.maxsize:
                     self._files[digest] = file

@@ -499,7 +499,7 @@ def test_r43_metrics_are_a_page_for_prometheus():
         assert line in output["body"]
 
 
-@pytest.mark.parametrize(("setting", "form"), [("auto", "mask"), ("mask", "mask"), ("shapes", "shapes")])
+@pytest.mark.parametrize(("setting", "form"), [("auto", "mask"), ("shapes", "shapes")])
 def test_c13_auto_is_mask_because_no_request_tells_the_version_of_the_page(tmp_path, setting, form):
     torch.manual_seed(0)
     path = tmp_path / "tiny.safetensors"
