@@ -45,8 +45,11 @@ _CHUNK_BYTES = 1 << 16
 _DEFAULT_PORT = {"http": 80, "https": 443}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?")
-# Metadata services that live on addresses which look public (Azure's wire server).
-_METADATA = frozenset({ipaddress.ip_address("168.63.129.16")})
+# What looks public and is not: the metadata services of Azure and of Oracle (with the rest of the range that IANA keeps
+# for protocols), networks' own translators to IPv4, and site-local IPv6.
+_NOT_PUBLIC = tuple(
+    ipaddress.ip_network(text) for text in ("168.63.129.16/32", "192.0.0.0/24", "64:ff9b:1::/48", "fec0::/10")
+)
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -350,7 +353,12 @@ def _unwrapped(address: str) -> IpAddress:
 def _is_public(ip: IpAddress) -> bool:
     if isinstance(ip, ipaddress.IPv6Address) and ip.teredo is not None:
         return False
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved and ip not in _METADATA
+    return (
+        ip.is_global
+        and not ip.is_multicast
+        and not ip.is_reserved
+        and not any(ip in network for network in _NOT_PUBLIC)
+    )
 
 
 class _CheckedBackend(httpcore.NetworkBackend):
@@ -430,6 +438,7 @@ def shown(url: str) -> str:
         host, port = parts.hostname or "", parts.port
     except ValueError:
         return "the image address"
+    host = f"[{host}]" if ":" in host else host
     text = f"{parts.scheme}://{host}{f':{port}' if port else ''}{parts.path}"
     printable = "".join(char if char.isprintable() else "?" for char in text)
     return printable if len(printable) <= 200 else printable[:197] + "..."
@@ -463,10 +472,8 @@ def read_local_file(root: Path, relative: str, *, max_bytes: int) -> bytes:
     if ".." in relative.split("/"):
         raise UrlError("The path of a local file must not contain '..'.")
     try:
-        root = root.resolve(strict=True)
-        found = (root / relative).resolve(strict=True)
-    except FileNotFoundError:
-        raise
+        root = root.resolve()
+        found = (root / relative).resolve()
     except (OSError, RuntimeError, ValueError):
         raise FetchError("The local file cannot be read.") from None
     if not found.is_relative_to(root) or found == root:
@@ -487,6 +494,8 @@ def read_local_file(root: Path, relative: str, *, max_bytes: int) -> bytes:
             raise FetchError(f"The local file has {status.st_size} bytes; at most {max_bytes} are read.")
         with os.fdopen(os.dup(file), "rb") as reader:
             data = reader.read(max_bytes + 1)
+    except FileNotFoundError:
+        raise
     except OSError:
         raise FetchError("The local file cannot be read.") from None
     finally:
