@@ -7,6 +7,7 @@ its fields stable), standard error everything else. Exit status: 0 done, 1 it co
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from inter2former.errors import ImageError, Inter2FormerError, PromptError
 from inter2former.files import write_atomically
 from inter2former.images import as_rgb
 from inter2former.prompts import Box, Click
+from inter2former.runtime import native
 from inter2former.segmenter import ModelSize, Segmentation, load_segmenter
 from inter2former.terminal import print_rows, print_scores, score_progress
 
@@ -275,7 +277,7 @@ def info(checkpoint: CheckpointOption = None, as_json: JsonOption = False) -> No
     loaded = load_checkpoint(path)
     content = {
         "version": benchmark.version("inter2former"),
-        "native": _native(),
+        "native": dataclasses.asdict(native.status()),
         "torch": torch.__version__,
         "machine": benchmark.machine(),
         "checkpoint": {
@@ -289,10 +291,6 @@ def info(checkpoint: CheckpointOption = None, as_json: JsonOption = False) -> No
         _print_json(content)
     else:
         print(_indented(content))
-
-
-def _native() -> dict[str, Any]:
-    return {"module": None, "instruction_set": None}
 
 
 def _indented(content: dict[str, Any], depth: int = 0) -> str:

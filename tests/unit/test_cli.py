@@ -290,6 +290,7 @@ def test_info(run, checkpoint):
     result = answer(run("info", "--checkpoint", checkpoint, "--json"))
     assert set(result) == {"version", "native", "torch", "machine", "checkpoint"}
     assert result["torch"] == torch.__version__
+    assert {"available", "instruction_set", "threads"} <= set(result["native"])
     assert result["checkpoint"]["provenance"] == {"recipe": "random"}
     assert result["checkpoint"]["config"]["name"] == "tiny"
     status, out, _ = run("info", "--checkpoint", checkpoint)
