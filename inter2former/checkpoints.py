@@ -107,17 +107,18 @@ def _digest(data: bytes) -> str:
 
 def _build(config: ModelConfig, state: Mapping[str, Tensor]) -> Inter2Former:
     """A model with exactly these weights, in evaluation mode; CheckpointError names what does not fit."""
-    with torch.device("meta"):
-        model = Inter2Former(config)
+    model = _untrained(config)
     _check_keys({key: tuple(value.shape) for key, value in model.state_dict().items()}, state)
     if broken := [key for key, value in state.items() if not bool(torch.isfinite(value).all())]:
         raise CheckpointError(f"Not finite: {_some(broken)}.", "The training run that wrote it diverged.")
-    for name, buffer in list(model.named_buffers()):  # counters that are not stored
-        if name not in state:
-            owner, leaf = name.rpartition(".")[::2]
-            setattr(model.get_submodule(owner), leaf, torch.zeros(buffer.shape, dtype=buffer.dtype))
     model.load_state_dict(dict(state), assign=True)
     return model.eval()
+
+
+def _untrained(config: ModelConfig) -> Inter2Former:
+    """The modules alone; the caller's random numbers stay as they are."""
+    with torch.random.fork_rng(devices=[]):
+        return Inter2Former(config)
 
 
 def _check_keys(wanted: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:
@@ -209,8 +210,7 @@ def _fixed_tensors() -> dict[str, Tensor]:
 def released_shapes() -> dict[str, tuple[int, ...]]:
     """Every key of a released state dict with its shape."""
     config = base()
-    with torch.device("meta"):
-        ours = Inter2Former(config).state_dict()
+    ours = _untrained(config).state_dict()
     shapes = {released_name(key): tuple(value.shape) for key, value in ours.items()}
     shapes["backbone.pos_embed"] = (1, 1 + POSITION_GRID**2, config.encoder_dim)  # entry 0: an unused class token
     shapes |= {key: tuple(value.shape) for key, value in _fixed_tensors().items()}
@@ -232,8 +232,7 @@ def from_released(released: Mapping[str, Any], edge_rule: EdgeRule = "exact") ->
         if not torch.allclose(tensors[key].double(), kernel, rtol=1e-3, atol=1e-4):
             raise CheckpointError(f"{key} is not the fixed kernel of the release; this is another model.")
     config = dataclasses.replace(base(), edge_rule=edge_rule)
-    with torch.device("meta"):
-        names = {key: released_name(key) for key in Inter2Former(config).state_dict()}
+    names = {key: released_name(key) for key in _untrained(config).state_dict()}
     state = {ours: tensors[theirs].float().contiguous() for ours, theirs in names.items() if ours != _POSITIONS}
     grid = tensors[names[_POSITIONS]][:, 1:].float().transpose(1, 2)
     state[_POSITIONS] = grid.unflatten(2, (POSITION_GRID, POSITION_GRID)).contiguous()

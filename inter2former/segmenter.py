@@ -39,6 +39,7 @@ from inter2former.images import MAX_PIXELS, Frame, as_rgb, choose_size, image_ke
 from inter2former.nn.model import ImageEncoding, Inter2Former
 from inter2former.prompts import Box, Click, check_clicks
 from inter2former.runtime.cache import ByteCache, CacheInfo
+from inter2former.runtime.packing import pack
 
 Mask = npt.NDArray[np.bool_]
 UInt8 = npt.NDArray[np.uint8]
@@ -421,7 +422,7 @@ def load_segmenter(
         cv2.setNumThreads(threads)
     loaded = load_checkpoint(STARTER if path is None else path)
     return Segmenter(
-        loaded.model, model_size=model_size, cache_bytes=cache_bytes, max_pixels=max_pixels, digest=loaded.digest
+        pack(loaded.model), model_size=model_size, cache_bytes=cache_bytes, max_pixels=max_pixels, digest=loaded.digest
     )
 
 
