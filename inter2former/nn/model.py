@@ -134,7 +134,7 @@ class Inter2Former(nn.Module):
         """Blocks and upsampling on prompted tokens [N, d]."""
         h, w = encoding.tokens.shape[-2:]
         for block in self.blocks:
-            x = block.decode(x, (h, w), edge)
+            x = block.decode(x, (h, w), edge)  # type: ignore[operator]
         return Decoded(*self.upsampling.decode(x.t().unflatten(1, (h, w)).unsqueeze(0), encoding.edges))
 
     # -- training ----------------------------------------------------------------------------------------------
