@@ -146,8 +146,11 @@ def create_app(segmenter: Segmenter, settings: Settings, *, backend: Backend | N
 
 def _json() -> Any:
     """The body as JSON, whatever its content type says. RequestError when it is not."""
+    body = flask.request.get_data(cache=False)
+    if flask.request.content_length is None:
+        flask.request.stream.read(1)  # a body without a length is cut off at the limit; this read makes it a 413
     try:
-        return json.loads(flask.request.get_data(cache=False))
+        return json.loads(body)
     except (ValueError, RecursionError):
         raise RequestError("The body is not JSON.") from None
 
