@@ -104,7 +104,7 @@ def random_walker(image: Image, clicks: Sequence[Click]) -> Mask:
     small, scale = shrink(image, WALKER_SIDE)
     inside, outside = seeds(small.shape[:2], clicks, scale)
     outside = with_border(inside, outside)
-    if not inside.any() or not outside.any():
+    if not inside.any() or not outside.any() or small.min() == small.max():  # a blank picture never converges
         return enlarge(inside.astype(np.float32), image)
     labels = np.zeros(small.shape[:2], np.int32)
     labels[outside], labels[inside] = 1, 2

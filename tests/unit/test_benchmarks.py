@@ -1,0 +1,79 @@
+"""What the benchmark scripts keep, and that the baselines answer every click they may be asked."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import baselines, click, results
+from inter2former import bench
+from inter2former.evaluation import Target, evaluate
+from inter2former.prompts import Click
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    return tmp_path / "results"
+
+
+def test_a_result_says_where_and_when_it_was_made(folder):
+    path = results.write_result("some", {"rows": [1, 2]}, threads=3)
+    content = json.loads(path.read_text())
+    assert path == folder / "some.json"
+    assert {"name", "date", "commit", "threads", "machine", "rows"} == set(content)
+    assert content["threads"] == 3
+    assert {"cpu", "cores", "versions"} <= set(content["machine"])
+
+
+def test_click_keeps_figures_and_picture(folder, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SESSION_CLICKS", 1)
+    monkeypatch.setattr(click, "AREAS", (0.05, 0.2))
+    click.main(preset="tiny", runs=1)
+    content = json.loads((folder / "click_tiny.json").read_text())
+    assert content["weights"] == "random"
+    assert {row["area"] for row in content["rows"] if row["what"] == "click"} == {0.05, 0.2}
+    assert (folder / "click_tiny.png").read_bytes().startswith(b"\x89PNG")
+    assert "median_ms" in capsys.readouterr().out
+
+
+def scene():
+    """A bright square on a dark ground."""
+    image = np.full((60, 80, 3), 30, np.uint8)
+    image[15:45, 20:60] = (200, 180, 40)
+    image += np.random.default_rng(0).integers(0, 8, image.shape, np.uint8)
+    truth = np.zeros(image.shape[:2], bool)
+    truth[15:45, 20:60] = True
+    return image, truth
+
+
+@pytest.mark.parametrize("method", sorted(baselines.METHODS))
+def test_baselines_find_an_easy_object(method):
+    pytest.importorskip("skimage")
+    image, truth = scene()
+    (score,) = evaluate([Target("s", "n", image, truth)], baselines.METHODS[method], clicks=3)
+    assert score.ious[2] > 0.85
+
+
+@pytest.mark.parametrize("method", sorted(baselines.METHODS))
+@pytest.mark.parametrize(
+    "clicks",
+    [
+        pytest.param([Click(0.5, 0.5)], id="corner"),
+        pytest.param([Click(79.5, 59.5), Click(40, 30, False)], id="other corner"),
+        pytest.param([Click(40, 30), Click(40, 30, False)], id="both signs on one pixel"),
+        pytest.param([Click(x, 30) for x in range(0, 80, 2)], id="a row"),
+    ],
+)
+def test_baselines_answer_odd_clicks(method, clicks):
+    pytest.importorskip("skimage")
+    for image in (scene()[0], np.zeros((60, 80, 3), np.uint8)):
+        mask = baselines.METHODS[method](image, clicks)
+        assert mask.shape == (60, 80)
+        assert mask.dtype == np.bool_
+
+
+def test_later_seeds_win():
+    inside, outside = baselines.seeds((50, 50), [Click(25, 25), Click(25, 25, False)], 1.0)
+    assert not inside.any()
+    assert outside[25, 25]
