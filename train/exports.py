@@ -505,8 +505,9 @@ def _draw_bitmask(url: Any, height: int, width: int) -> Mask:
 
 
 def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _Broken(f"{name} is {_short(value)}, not a number")
+    # The comparison also refuses NaN, and whole numbers that are too long for a float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e9 < value < 1e9:
+        raise _Broken(f"{name} is {_short(value)}, not a number of percent or degrees")
     return float(value)
 
 

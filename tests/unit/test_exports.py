@@ -151,6 +151,7 @@ BROKEN = {
     "not points": shape("polygon", points=[1, 2, 3]),
     "not numbers": shape("polygon", points=[[1, 1], ["9", 1], [9, 9]]),
     "nan": shape("rectangle", x=float("nan"), y=1, width=5, height=5),
+    "huge": shape("rectangle", x=10**400, y=1, width=5, height=5),
     "no width": shape("rectangle", x=1, y=1, height=5),
     "far away": shape("polygon", points=FAR, closed=True),
     "too many points": shape("polygon", points=[[1, 1]] * 20_001),
@@ -403,7 +404,7 @@ def test_pages_and_several_image_keys(project: Project) -> None:
 # -- splitting -------------------------------------------------------------------------------------------------------
 
 
-def test_no_image_is_on_both_sides_and_sides_are_kept(tmp_path: Path) -> None:
+def test_r30_no_image_is_on_both_sides_and_sides_are_kept(tmp_path: Path) -> None:
     project = Project(tmp_path)
     for seed in range(20):
         project.task(project.image(f"{seed}.png", seed=seed), [brush(disc())])
