@@ -3,11 +3,12 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
+COMMA   = ,
 # C++ and build files: a change rebuilds the native module.
 NATIVE  = $(wildcard csrc/*) CMakeLists.txt pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test lint demo bench e2e sanitize soak perf-check docs clean
+.PHONY: help venv serve test lint demo bench e2e sanitize sanitize-threads soak perf-check docs clean
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 14
@@ -34,6 +35,24 @@ lint: $(STAMP) ## ruff, mypy and the import contracts
 
 demo: $(STAMP) ## three clicks on a photo: IoU and an overlay picture in out/
 	$(BIN)/python -m benchmarks.demo --out out
+
+# Sanitizer runtimes must be loaded before Python. libstdc++ with them, so that exceptions are seen; Python itself never
+# frees everything, so leaks are not looked for.
+RUNTIME = $(shell $(CXX) -print-file-name=$(1))
+NATIVE_BUILD = $(BIN)/cmake -S . -B build/$(1) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DI2F_WERROR=ON \
+	-DI2F_SANITIZE=$(1) -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) && $(BIN)/cmake --build build/$(1)
+
+sanitize: $(STAMP) ## native tests under the address and undefined-behaviour sanitizers
+	$(call NATIVE_BUILD,address$(COMMA)undefined)
+	LD_PRELOAD="$(call RUNTIME,libasan.so) $(call RUNTIME,libubsan.so) $(call RUNTIME,libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
+	$(BIN)/python -m tests.native.with_module build/address,undefined/_native*.so tests/native -q
+
+sanitize-threads: $(STAMP) ## the native thread pool under the thread sanitizer
+	$(call NATIVE_BUILD,thread)
+	LD_PRELOAD="$(call RUNTIME,libtsan.so)" OMP_NUM_THREADS=1 \
+	$(BIN)/python -m tests.native.with_module build/thread/_native*.so tests/native/test_threads.py -q
 
 clean: ## remove what was built; the environment stays
 	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .coverage
