@@ -44,7 +44,7 @@ def make_app(settings: Settings) -> flask.Flask:
     )
     segmenter.segment(np.zeros((64, 64, 3), np.uint8), [Click(32, 32)])
     segmenter.clear_cache()
-    app = create_app(segmenter, settings)
+    app = create_app(settings, segmenter)
     log.info("ready after %.1f s, model %s", time.perf_counter() - began, segmenter.digest[:12])
     return app
 

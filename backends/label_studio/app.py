@@ -22,13 +22,13 @@ from backends.common.settings import Settings
 from backends.label_studio.service import DOOR, Backend, Trace
 from inter2former.segmenter import Segmenter
 
-MAX_BODY_BYTES = 64 * 2**20  # drafts and annotations come along with every click, their masks included
+MAX_BODY_BYTES = 32 * 2**20  # drafts and annotations come along with every click, their masks included
 _CODES = {401: "unauthorized", 404: "not_found", 405: "method", 413: "too_large"}
 
 log = logging.getLogger(__name__)
 
 
-def create_app(segmenter: Segmenter, settings: Settings, *, backend: Backend | None = None) -> flask.Flask:
+def create_app(settings: Settings, segmenter: Segmenter, *, backend: Backend | None = None) -> flask.Flask:
     """A WSGI application. It holds no state of its own: `backend` does, by default a new one."""
     app = flask.Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES

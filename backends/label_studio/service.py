@@ -45,6 +45,7 @@ FILES_TTL_S = 300.0  # after that a changed file behind the same address is seen
 PROJECTS = 1000
 POLARITIES = 50_000
 LOCAL_FILES_PATH = "/data/local-files/"
+PLATFORM_PATHS = ("/data/", "/storage-data/", "/tasks/")
 STORAGE_SCHEMES = ("s3://", "gs://", "azure-blob://", "azure_spi://")
 
 log = logging.getLogger(__name__)
@@ -52,10 +53,15 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Project:
-    """The platform of a project and the token to read its images with."""
+    """The platform of a project and the token to read its images with.
+
+    known_as    the address that the platform calls itself, when images are read from another one: people and tasks
+                use the public address, a backend in the same network may not reach it
+    """
 
     platform: Platform
     token: str = dataclasses.field(repr=False)
+    known_as: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,6 +329,7 @@ class Backend:
                 self._files[file.key] = file.data
 
     def _fetch(self, task: Mapping[str, Any], address: str, project: Project | None) -> bytes:
+        address = _at_home(address, project)
         local = self._local(address, project)
         if local is not None:
             return local
@@ -395,10 +402,10 @@ class Backend:
         - Otherwise images are read from the stated host with the token that came along, but from a private address
           only when it is the caller's own.
         """
+        url = setup.hostname.strip().rstrip("/")
         configured = self._configured(setup.access_token)
         if configured is not None:
-            return configured
-        url = setup.hostname.strip().rstrip("/")
+            return dataclasses.replace(configured, known_as=url)
         if not url:
             return None
         try:
@@ -445,6 +452,22 @@ def _with_strokes(mask: Any, prompt: contract.Prompt) -> Any:
             row, column = click.pixel(*both.shape)
             both[row, column] = mask[row, column]
     return both
+
+
+def _at_home(address: str, project: Project | None) -> str:
+    """The address as a path of the platform, when it is one under the name that the platform calls itself."""
+    if project is None or not project.known_as or not address.lower().startswith(("http://", "https://")):
+        return address
+    try:
+        if Origin.of(address) != Origin.of(project.known_as):
+            return address
+        parts = urlsplit(address)
+        path = parts.path.removeprefix(urlsplit(project.known_as).path)
+    except (UrlError, ValueError):
+        return address
+    if not path.startswith(PLATFORM_PATHS):
+        return address
+    return path + (f"?{parts.query}" if parts.query else "")
 
 
 def _join(base: str, path: str) -> str:

@@ -29,7 +29,7 @@ def make_app(segmenter: Segmenter, platform: Platform) -> Iterator[Callable[...,
 
     def make(**settings: Any) -> flask.Flask:
         known = {"label_studio_url": platform.url, "label_studio_api_key": LEGACY, "fetch_timeout_s": 5.0}
-        app = create_app(segmenter, Settings(**{**known, **settings}))
+        app = create_app(Settings(**{**known, **settings}), segmenter)
         apps.append(app)
         return app
 

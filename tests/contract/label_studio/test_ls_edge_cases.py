@@ -6,10 +6,12 @@ import base64
 import copy
 import io
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import flask
@@ -20,6 +22,7 @@ from ls_platform import LEGACY, PAT, Platform, at, decode_rle, mask_of, photo, r
 from PIL import Image
 
 from backends.common.http import BusyError
+from backends.label_studio import contract
 from backends.label_studio.app import create_app
 from backends.label_studio.service import Backend, Gate, Trace
 from inter2former import brush_rle
@@ -256,6 +259,31 @@ def test_e15_another_size_than_the_image(client: FlaskClient, caplog: pytest.Log
     assert at(mask, 40, 30)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_r5_every_orientation_gives_the_mask_of_the_upright_image(client: FlaskClient, orientation: int) -> None:
+    upright = Image.open(io.BytesIO(photo("chelsea.jpg"))).crop((100, 50, 231, 127))
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(undo[orientation]) if orientation in undo else upright.copy()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    out = io.BytesIO()
+    stored.save(out, "PNG", exif=exif)
+    size = {"original_width": 131, "original_height": 77}
+    clicks = click(30, 70, **size), click(80, 20, False, **size)
+    turned = f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+    mask = one_mask(client, body(*clicks, image=turned))
+    assert mask.shape == (77, 131)
+    assert np.array_equal(mask, one_mask(client, body(*clicks, image=data_url(upright))))
+
+
 def test_e16_double_entries_count_once(client: FlaskClient) -> None:
     regions = answer(client, request_of("18"))
     assert len(regions) == 2
@@ -366,7 +394,7 @@ def test_e18_a_silent_host_is_given_up(make_app: Callable[..., flask.Flask], pla
 
 def test_e18_over_the_pixel_limit(tiny_model: Any, platform: Platform, make_app: Callable[..., flask.Flask]) -> None:
     app = create_app(
-        Segmenter(tiny_model, model_size=256, max_pixels=1000), make_app().extensions["inter2former"]._settings
+        make_app().extensions["inter2former"]._settings, Segmenter(tiny_model, model_size=256, max_pixels=1000)
     )
     response = app.test_client().post("/predict", json=body(click(50, 50)))
     assert response.status_code == 502
@@ -405,7 +433,7 @@ def test_e18_a_legacy_token_that_is_switched_off(client: FlaskClient, platform: 
     assert "Legacy tokens are switched off" in response.json["detail"]
 
 
-def test_e19_parallel_clicks_and_health(client: FlaskClient, make_app: Callable[..., flask.Flask]) -> None:
+def test_e19_r2_parallel_clicks_and_health(client: FlaskClient, make_app: Callable[..., flask.Flask]) -> None:
     app = make_app()
     photos = ["chelsea", "coffee", "astronaut", "rocket"]
     requests = [
@@ -567,6 +595,16 @@ def test_other_mask_controls(client: FlaskClient, tag: str, kind: str) -> None:
     else:
         assert all(region["value"]["closed"] and len(region["value"]["points"]) >= 3 for region in regions)
         assert all(0 <= c <= 100 for region in regions for point in region["value"]["points"] for c in point)
+
+
+def test_the_config_of_the_guide_is_fine() -> None:
+    guide = (Path(__file__).parents[3] / "docs" / "label_studio.md").read_text()
+    configs = re.findall(r"```xml\n(.*?)```", guide, re.DOTALL)
+    assert len(configs) == 2
+    for text in configs:
+        config = contract.parse_config(text)
+        assert config.warnings() == ()
+        assert config.mask_control("image") is not None
 
 
 def test_the_judge_reads_our_masks() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from typing import Any
@@ -66,7 +67,7 @@ def damaged(body: Any, choose: random.Random) -> Any:
         elif action == "grow" and isinstance(value, list):
             parent[last] = value * 20
         else:
-            parent[last] = choose.choice(ODD)
+            parent[last] = copy.deepcopy(choose.choice(ODD))
     return body
 
 

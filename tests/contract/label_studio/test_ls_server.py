@@ -207,6 +207,15 @@ def test_a_configured_address_wins(make_app: Callable[..., flask.Flask], platfor
     assert click_status(client) == 200
 
 
+def test_tasks_use_the_public_address_and_we_the_configured_one(client: FlaskClient, platform: Platform) -> None:
+    public = "https://label.example.org"
+    client.post("/setup", json=setup_body(platform, hostname=public))
+    request = with_image(f"{public}/data/upload/1/a-chelsea.jpg")
+    assert client.post("/predict", json=request).status_code == 200
+    assert platform.paths == ["/data/upload/1/a-chelsea.jpg"]
+    assert platform.requests[0][2]["authorization"] == f"Token {LEGACY}"
+
+
 @pytest.mark.parametrize("hostname", ["", "label-studio", "ftp://x", "http://u:p@h", 7, None, "http://[", "\ud800"])
 def test_setup_answers_whatever_the_hostname(make_app: Callable[..., flask.Flask], hostname: Any) -> None:
     client = make_app(**NO_URL).test_client()
