@@ -38,6 +38,7 @@ from inter2former.errors import ConfigError, Inter2FormerError, NumericError, Pr
 from inter2former.images import MAX_PIXELS, Frame, as_rgb, choose_size, image_key
 from inter2former.nn.model import ImageEncoding, Inter2Former
 from inter2former.prompts import Box, Click, check_clicks
+from inter2former.runtime import native
 from inter2former.runtime.cache import ByteCache, CacheInfo
 from inter2former.runtime.packing import pack
 
@@ -150,7 +151,7 @@ class _State:
     def after(cls, reference: UInt8, found: _Found) -> _State:
         prediction = np.zeros(reference.shape, np.bool_)
         np.greater(found.inside, 0, out=prediction[found.pixels])
-        after = reference_mask.apply_prediction(reference, prediction)
+        after = native.apply_prediction(reference, prediction)
         told = after != reference_mask.POSSIBLE_BACKGROUND
         rows, columns = np.flatnonzero(told.any(1)), np.flatnonzero(told.any(0))
         if len(rows) == 0:
@@ -412,7 +413,7 @@ def load_segmenter(
 ) -> Segmenter:
     """A Segmenter from a checkpoint file; without a path from the starter weights inside the package.
 
-    threads   of the whole process, for torch and OpenCV; None leaves both as they are
+    threads   of the whole process, for torch, OpenCV and the native module; None leaves them as they are
     raises    CheckpointError, ConfigError
     """
     if threads is not None:
@@ -420,6 +421,7 @@ def load_segmenter(
             raise ConfigError(f"threads is {threads!r}.", "Give a whole number from 1 on, or None.")
         torch.set_num_threads(threads)
         cv2.setNumThreads(threads)
+        native.set_threads(threads)
     loaded = load_checkpoint(STARTER if path is None else path)
     return Segmenter(
         pack(loaded.model), model_size=model_size, cache_bytes=cache_bytes, max_pixels=max_pixels, digest=loaded.digest

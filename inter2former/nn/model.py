@@ -91,6 +91,7 @@ class Inter2Former(nn.Module):
         self.prompt = PromptEmbedding(config)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_blocks))
         self.upsampling = Upsampling(config)
+        self.find_edge_tokens = edge_tokens  # a runtime may put its faster twin here
 
     # -- once an image -----------------------------------------------------------------------------------------
     def encode(self, image: Tensor) -> ImageEncoding:
@@ -119,7 +120,7 @@ class Inter2Former(nn.Module):
         labels = reference.numpy() if isinstance(reference, Tensor) else reference
         with torch.inference_mode():
             box = prompt_box(labels)
-            edge = torch.from_numpy(edge_tokens(labels, box, self.config.edge_rule)).flatten()
+            edge = torch.from_numpy(self.find_edge_tokens(labels, box, self.config.edge_rule)).flatten()
             return self.decode_tokens(encoding, self.prompted(encoding, labels, box), edge)
 
     def prompted(self, encoding: ImageEncoding, labels: npt.NDArray[np.uint8], box: PixelBox) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from inter2former.nn.attention import edge_tokens
 from inter2former.nn.canny import CannyMaps, canny
 from inter2former.nn.model import ImageEncoding, Inter2Former
 from inter2former.nn.prompt_embedding import prompt_box
+from inter2former.runtime.packing import pack
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "model"
 SEQUENCES: dict[str, Any] = json.loads((FIXTURES / "sequences.json").read_text())
@@ -118,6 +120,16 @@ def test_codes_and_experts(recording: Recording, k: int) -> None:
             chosen, _ = block.experts.route(block.norm2(attended)[edge])
             assert (chosen.numpy() == data[f"c{k}_expert{index}"]).mean() >= 0.999
             x = block.decode(x, (T // 16, T // 16), edge)
+
+
+def test_a_packed_model_keeps_the_records(recording: Recording) -> None:
+    """What serves (native experts and edge tokens, packed linear layers) within the same tolerances, forced."""
+    packed = pack(copy.deepcopy(recording.model))
+    for k in range(5):
+        decoded = packed.decode(recording.injected, recording.data[f"c{k}_ref_in"])
+        assert np.abs(decoded.low.numpy() - recording.data[f"c{k}_low"]).max() < 1e-3
+        wrong = (decoded.logits.numpy() > 0) != bits(recording.data[f"c{k}_logits_sign"], T, T)
+        assert wrong.mean() <= 2e-4
 
 
 def test_free_run(recording: Recording) -> None:
