@@ -73,6 +73,7 @@ void require_contiguous(const py::array& array, const std::string& name) {
 template <class T>
 std::ptrdiff_t row_stride(const py::array_t<T>& array, const std::string& name) {
     const auto size = static_cast<py::ssize_t>(sizeof(T));
+    if (array.size() == 0) return array.shape(1);
     if ((array.shape(1) > 1 && array.strides(1) != size) || (array.shape(0) > 1 && array.strides(0) % size != 0)) {
         throw py::value_error(name + " must have contiguous rows.");
     }
