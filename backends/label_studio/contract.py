@@ -38,7 +38,7 @@ from inter2former.masks import mask_to_polygons
 from inter2former.prompts import Box, Click
 
 MAX_CLICKS = 256  # each may cost one decoder pass; a person needs a few dozen
-MAX_OBJECTS = 64  # rectangles of one request, each of which is answered with a region
+MAX_OBJECTS = 32  # rectangles of one request, each of which is answered with a region
 MAX_STROKES = 32  # each is a mask of the whole image
 MAX_CONFIG_CHARS = 250_000
 MAX_TASKS = 10_000
@@ -416,6 +416,19 @@ class Prompt:
         return self.box is not None or self.strokes is not None or any(click.positive for click in self.clicks)
 
 
+def shown_size(interaction: Interaction, height: int, width: int) -> tuple[int, int]:
+    """(height, width) that the page works with, for an image of this size: what it says, or the image's own.
+
+    raises  PromptError when the page's is so much larger that it cannot be the same image
+    """
+    shown = (interaction.height or height, interaction.width or width)
+    if shown[0] * shown[1] > max(4 * height * width, 2**24):
+        raise PromptError(
+            f"The context is about an image of {shown[1]} x {shown[0]} pixels; the task's has {width} x {height}."
+        )
+    return shown
+
+
 def prompts(interaction: Interaction, height: int, width: int, polarity: Callable[[Point], bool]) -> tuple[Prompt, ...]:
     """The objects of an interaction on an image of this size, in drawing order.
 
@@ -447,7 +460,7 @@ def _pixel(percent: float, side: int) -> float:
 
 def _painted(interaction: Interaction, height: int, width: int) -> Mask | None:
     """All strokes as one mask of the image, or None when nothing is painted."""
-    stated = (interaction.height or height, interaction.width or width)
+    stated = shown_size(interaction, height, width)
     painted: Mask | None = None
     for stroke in interaction.strokes:
         mask = brush_rle.decode(stroke.rle, *stated)

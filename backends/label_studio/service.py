@@ -229,6 +229,7 @@ class Backend:
                 raise FetchError(f"{name}: {error}") from None
             self._keep(file)
             trace.image_key = info.key
+            height, width = contract.shown_size(interaction, info.height, info.width)
             answers = []
             for prompt in contract.prompts(interaction, info.height, info.width, polarity.__getitem__):
                 if prompt.says_something:
@@ -238,7 +239,6 @@ class Backend:
                     answers.append((result, prompt))
                     trace.add(result.timing)
         with trace.stage("reply"):
-            width, height = interaction.width or info.width, interaction.height or info.height
             if (width, height) != (info.width, info.height):
                 log.warning(
                     "%s: the page shows %d x %d pixels, the image has %d x %d; the mask is scaled",

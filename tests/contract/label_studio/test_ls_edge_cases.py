@@ -257,6 +257,9 @@ def test_e15_another_size_than_the_image(client: FlaskClient, caplog: pytest.Log
     mask = mask_of(region)
     assert mask.shape == (600, 902)
     assert at(mask, 40, 30)
+    huge = client.post("/predict", json=body(click(40, 30, original_width=10_000, original_height=9_000)))
+    assert huge.status_code == 400
+    assert "10000 x 9000" in huge.json["detail"]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
