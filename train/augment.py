@@ -42,9 +42,8 @@ def photometric(rgb: Array, rng: Rng) -> Array:
         noise = rng.normal(0, rng.uniform(2, 14), (*rgb.shape[:2], 1 if rng.random() < 0.5 else 3))
         rgb = np.clip(rgb + noise.astype(np.float32), 0, 255).astype(np.uint8)
     if rng.random() < 0.15:
-        ok, data = cv2.imencode(".jpg", rgb, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(30, 91))])
-        if ok:
-            rgb = cv2.imdecode(data, cv2.IMREAD_COLOR)
+        _, data = cv2.imencode(".jpg", rgb, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(30, 91))])
+        rgb = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))
     return rgb
 
 

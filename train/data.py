@@ -88,15 +88,17 @@ def read_photos(folder: str | Path, split: str, *, limit: int | None = None) -> 
     return photos
 
 
-def _read_photo(shard: zipfile.ZipFile, key: str, source: str, n_maps: int) -> Photo:
-    def decode(name: str, flags: int) -> Array:
-        image = cv2.imdecode(np.frombuffer(shard.read(name), np.uint8), flags)
-        if image is None:
-            raise ValueError(f"{name} in {shard.filename} is not an image.")
-        return image
+def _decode(data: bytes, name: str, flags: int = cv2.IMREAD_COLOR) -> Array:
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    if image is None:
+        raise ValueError(f"{name} is not an image.")
+    return image
 
-    rgb = cv2.cvtColor(decode(f"{key}.jpg", cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
-    maps = tuple(decode(f"{key}.m{m}.png", cv2.IMREAD_UNCHANGED) for m in range(n_maps))
+
+def _read_photo(shard: zipfile.ZipFile, key: str, source: str, n_maps: int) -> Photo:
+    rgb = cv2.cvtColor(_decode(shard.read(f"{key}.jpg"), f"{key}.jpg"), cv2.COLOR_BGR2RGB)
+    names = [f"{key}.m{m}.png" for m in range(n_maps)]
+    maps = tuple(_decode(shard.read(name), name, cv2.IMREAD_UNCHANGED) for name in names)
     objects = json.loads(shard.read(f"{key}.json"))["objects"]
     rows = np.array([(o["map"], o["id"], o["area"]) for o in objects], np.int64).reshape(-1, 3)
     return Photo(key, source, rgb, maps, rows)
@@ -118,7 +120,7 @@ def read_pack(folders: Sequence[str | Path], split: str = "train", *, limit: int
                 cutouts += [shard.read(row["file"]) for row in index["cutouts"]]
             with zipfile.ZipFile(folder / "backgrounds.zip") as shard:
                 for row in index["backgrounds"]:
-                    image = cv2.imdecode(np.frombuffer(shard.read(row["file"]), np.uint8), cv2.IMREAD_COLOR)
+                    image = _decode(shard.read(row["file"]), row["file"])
                     scale = min(1.0, 800 / max(image.shape[:2]))
                     image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
                     backgrounds.append(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
@@ -199,7 +201,7 @@ class Sampler:
             valid_h -= int(rng.integers(16)) if out_h < size else 0
             valid_w -= int(rng.integers(16)) if out_w < size else 0
 
-        targets = []
+        targets: list[Array] = []
         smallest = d.smallest * size * size
         for k in range(d.targets):
             if k == 0 and pasted and (rng.random() < 0.7 or not wanted):
@@ -273,7 +275,7 @@ class Sampler:
         """rgb uint8 [h, w, 3] and alpha uint8 [h, w]: a ready cut-out, or an object cut from another photo."""
         if self.pack.cutouts and (rng.random() < 0.65 or not len(self.whole_objects)):
             data = self.pack.cutouts[rng.integers(len(self.pack.cutouts))]
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+            image = _decode(data, "a cut-out", cv2.IMREAD_UNCHANGED)
             return cv2.cvtColor(image[..., :3], cv2.COLOR_BGR2RGB), np.ascontiguousarray(image[..., 3])
         photo = self.pack.photos[int(rng.choice(self.whole_objects))]
         whole = photo.objects[photo.objects[:, 0] == 0]
@@ -296,7 +298,7 @@ class Sampler:
         """Now and then: a union with touching regions, the object without a part, the complement."""
         d, roll = self.draw, rng.random()
         if roll < d.union:
-            regions = maps[rng.integers(len(maps))]
+            regions = maps[int(rng.integers(len(maps)))]
             for _ in range(int(rng.integers(1, 5))):
                 ring = cv2.dilate(target.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
                 near = np.unique(regions[ring & ~target])
@@ -305,7 +307,7 @@ class Sampler:
                     break
                 target = target | (regions == rng.choice(near))
         elif roll < d.union + d.minus:
-            regions = maps[rng.integers(len(maps))]
+            regions = maps[int(rng.integers(len(maps)))]
             counts = np.bincount(regions[target])
             counts[0] = 0
             parts = np.flatnonzero((counts > 0.04 * target.sum()) & (counts < 0.7 * target.sum()))

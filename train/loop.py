@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -25,8 +25,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from inter2former.config import ModelConfig
 from inter2former.nn.canny import MEAN, STD
 from inter2former.nn.model import Features, Inter2Former
-from train import losses, simulate
+from train import fast, losses, simulate
 from train.data import Batches, DrawConfig, Pack, Sampler
+
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +39,9 @@ class TrainConfig:
     minutes: float = 60.0  # of training, all sittings of the run together; the schedule is a fraction of it
     max_steps: int | None = None  # instead of minutes: for tests and exact repetition
     batch: int = 16  # crops; many sources in one batch, and two cores still make a step in seconds
-    dense_size: int = 192  # pixels of a crop without clicks: half the price, and regions need less context than objects
-    size: int = 256  # pixels of a crop with clicks
-    finish_size: int = 320  # larger views at the end, towards the sizes of use ...
-    finish_share: float = 0.15  # ... for this share of the run, with the batch shrunk to the same memory
+    size: int = 192  # pixels of a crop with clicks; most of the run
+    finish_size: int = 256  # larger views at the end, towards the sizes of use ...
+    finish_share: float = 0.2  # ... for this share of the run, with the batch shrunk to the same memory
     dense_share: float = 0.25  # dense targets alone at first: clicks are a weak signal for an untrained encoder
     dense_weight: float = 0.6  # of the dense losses beside the clicks, falling to a tenth
     lr: float = 1e-3  # small models from scratch bear a large one
@@ -70,7 +71,7 @@ class Phase:
 def phase_at(progress: float, config: TrainConfig) -> Phase:
     """dense -> clicks -> finish, by progress 0..1."""
     if progress < config.dense_share:
-        return Phase("dense", config.dense_size, config.batch, False)
+        return Phase("dense", config.size, config.batch, False)
     if progress < 1 - config.finish_share:
         return Phase("clicks", config.size, config.batch, True)
     batch = max(1, round(config.batch * (config.size / config.finish_size) ** 2))
@@ -83,10 +84,10 @@ def rate_at(progress: float, step: int, config: TrainConfig) -> float:
     return float(config.lr * min(1.0, (step + 1) / config.warmup_steps) * (0.01 + 0.99 * cosine))
 
 
-class Average:
+class Average(Generic[M]):
     """Exponential moving average of weights and buffers."""
 
-    def __init__(self, model: torch.nn.Module, limit: float) -> None:
+    def __init__(self, model: M, limit: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.limit = limit
 
@@ -105,7 +106,7 @@ def normalise(image: Tensor, valid: Tensor) -> Tensor:
     x = (image.float() - image.new_tensor(MEAN, dtype=torch.float32)) / image.new_tensor(STD, dtype=torch.float32)
     index = torch.arange(image.shape[1], device=image.device)
     inside = (index[None, :, None] < valid[:, 0, None, None]) & (index[None, None, :] < valid[:, 1, None, None])
-    return (x * inside[..., None]).permute(0, 3, 1, 2).contiguous()
+    return (x * inside[..., None]).permute(0, 3, 1, 2)
 
 
 class Peers:
@@ -141,6 +142,9 @@ class Trainer:
         torch.manual_seed(config.seed + 1)
         self.head = losses.DenseHead(model.config).to(device)
         self.average = Average(self.model, config.ema)
+        if device.type == "cpu":
+            fast.speed_up(self.model)
+            self.head.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         decayed = [p for p in self._parameters() if p.ndim >= 2]
         plain = [p for p in self._parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(
@@ -272,8 +276,8 @@ class Trainer:
 def batches(pack: Pack, config: TrainConfig, phase: Phase, start: int, rank: int = 0) -> Iterator[dict[str, Tensor]]:
     """Endless batches from step `start` on, made by background processes."""
     sampler = Sampler(pack, dataclasses.replace(config.draw, size=phase.size), config.seed + 1_000_003 * rank)
-    loader = torch.utils.data.DataLoader(
-        Batches(sampler, phase.batch),
+    loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
+        Batches(sampler, phase.batch),  # type: ignore[arg-type]  # only __getitem__ is asked of it
         batch_size=None,
         sampler=range(start, 1 << 40),
         num_workers=config.workers,
@@ -322,7 +326,8 @@ def run(
 
     if trainer.step == 0:
         measure()
-    phase, source = None, iter(())
+    phase: Phase | None = None
+    source: Iterator[dict[str, Tensor]] = iter(())
     last_save = last_probe = trainer.elapsed_s
     clock = time.perf_counter()
     while trainer.progress < 1:

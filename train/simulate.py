@@ -131,7 +131,7 @@ class Annotator:
 
 def disturb(target: Array, rng: Rng) -> Array:
     """A mask as it comes from elsewhere, bool [T, T]: grown, shrunk, shifted, coarse, a part missing or added."""
-    mask = target.astype(np.uint8)
+    mask: Array = target.astype(np.uint8)
     size = max(1.0, float(np.sqrt(mask.sum())))
     roll = int(rng.integers(5))
     reach = int(np.clip(round(size * rng.uniform(0.02, 0.15)), 1, 24))
@@ -141,7 +141,8 @@ def disturb(target: Array, rng: Rng) -> Array:
     elif roll == 1:
         mask = cv2.erode(mask, kernel)
     elif roll == 2:
-        shift = np.float32([[1, 0, rng.integers(-reach, reach + 1)], [0, 1, rng.integers(-reach, reach + 1)]])
+        dx, dy = rng.integers(-reach, reach + 1, 2)
+        shift = np.array([[1, 0, dx], [0, 1, dy]], np.float32)
         mask = cv2.warpAffine(mask, shift, mask.shape[::-1])
     elif roll == 3:
         n = int(rng.integers(8, 33))
