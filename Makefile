@@ -52,6 +52,7 @@ sanitize: $(STAMP) ## native tests under the address and undefined-behaviour san
 sanitize-threads: $(STAMP) ## the native thread pool under the thread sanitizer
 	$(call NATIVE_BUILD,thread)
 	LD_PRELOAD="$(call RUNTIME,libtsan.so)" OMP_NUM_THREADS=1 \
+	TSAN_OPTIONS="die_after_fork=0 halt_on_error=0 suppressions=$(CURDIR)/tests/native/tsan.supp" \
 	$(BIN)/python -m tests.native.with_module build/thread/_native*.so tests/native/test_threads.py -q
 
 clean: ## remove what was built; the environment stays
