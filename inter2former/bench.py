@@ -1,14 +1,15 @@
 """Stage times on this machine: what `inter2former bench` prints and benchmarks/ keeps.
 
-Weights and pictures are made here from a seed: the work of a click depends on sizes, on the object's area and, for the
-upsampled box, on the weights; a row says which of them it had.
+Pictures are made here from a seed, and so are the weights unless a checkpoint is given. The work of a click depends on
+sizes, on the object's area and, for the box that is upsampled, on the weights: random ones take most of it.
 
-Contenders: `ours` is what users get, the Segmenter with its caches and runtime, from pixels to mask; `ours_pytorch`
-is the plain network in PyTorch doing the same work.
+Contenders: `ours` is what users get, the Segmenter over packed weights, from pixels to mask; `ours_pytorch` is the same
+work by the plain network in PyTorch, without native code.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.metadata
 import os
@@ -32,6 +33,7 @@ from inter2former.images import Frame
 from inter2former.nn.canny import canny
 from inter2former.nn.model import ImageEncoding, Inter2Former
 from inter2former.prompts import Click
+from inter2former.runtime.packing import pack
 from inter2former.segmenter import Segmenter
 
 Image = npt.NDArray[np.uint8]
@@ -99,7 +101,7 @@ class _Ours:
     name = "ours"
 
     def __init__(self, model: Inter2Former, size: int) -> None:
-        self._segmenter = Segmenter(model, model_size=size)
+        self._segmenter = Segmenter(pack(copy.deepcopy(model)), model_size=size)
 
     def encode(self, image: Image) -> None:
         self._segmenter.prefetch(image)
