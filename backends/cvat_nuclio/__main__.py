@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import sys
+
 import flask
 import nuclio_sdk
 
+from backends.common.server import Admission, serve
+from backends.common.settings import Settings
 from backends.cvat_nuclio import main as function
-from backends.cvat_nuclio.serve import Admission, Server, arguments, create_app
+from backends.cvat_nuclio.serve import arguments, create_app
 
 
-def main() -> None:
+def main() -> int:
     options = arguments(__doc__, 8080).parse_args()
 
-    def create() -> flask.Flask:
+    def create(_: Settings) -> flask.Flask:
         context = nuclio_sdk.Context()
         function.init_context(context)
         admission = Admission(running=options.workers, waiting=16, wait_s=10.0)
         return create_app(function.handler, context, admission=admission)
 
-    Server(create, options.host, options.port, threads=options.workers + 22).run()
+    return serve(create, options.host, options.port)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import pathlib
+import sys
 from typing import Any
 
 import flask
@@ -19,8 +20,10 @@ import httpx
 import yaml
 
 from backends.common.http import BusyError
+from backends.common.server import Admission, serve
+from backends.common.settings import Settings
 from backends.cvat_nuclio.main import shared_interactor
-from backends.cvat_nuclio.serve import Admission, Server, arguments, limit_body, to_flask
+from backends.cvat_nuclio.serve import arguments, limit_body, to_flask
 from backends.cvat_nuclio.service import Interactor, Reply, failed, refused
 
 FUNCTION_FILE = pathlib.Path(__file__).with_name("function.yaml")
@@ -109,7 +112,7 @@ def create_app(
     def click() -> flask.Response:
         body = flask.request.get_data()
         try:
-            with interactor.metrics.queue.track_inprogress(), admission.turn():
+            with interactor.metrics.queue.track_inprogress(), admission.place(), admission.turn():
                 reply = interactor.answer(
                     body,
                     accepts_gzip=flask.request.accept_encodings.quality("gzip") > 0,
@@ -139,18 +142,18 @@ def _passed_on() -> dict[str, str]:
     return {key: value for key, value in flask.request.headers.items() if key.lower() not in NOT_PASSED_ON}
 
 
-def main() -> None:
+def main() -> int:
     parser = arguments("A gateway that plays the nuclio dashboard for a CVAT server.", 8070)
     parser.add_argument("--upstream", help="address of a real nuclio dashboard for all other functions")
     options = parser.parse_args()
 
-    def create() -> flask.Flask:
+    def create(_: Settings) -> flask.Flask:
         upstream = Upstream(options.upstream) if options.upstream else None
         admission = Admission(running=options.workers, waiting=16, wait_s=10.0)
         return create_app(shared_interactor(), port=options.port, upstream=upstream, admission=admission)
 
-    Server(create, options.host, options.port, threads=options.workers + 22).run()
+    return serve(create, options.host, options.port)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

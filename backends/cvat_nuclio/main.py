@@ -9,14 +9,11 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from backends.common.log import configure
+from backends.common.server import warm_segmenter
 from backends.common.settings import Settings, load_settings
 from backends.cvat_nuclio.contract import ResponseForm
 from backends.cvat_nuclio.service import Interactor, refused
-from inter2former.prompts import Click
-from inter2former.segmenter import load_segmenter
 
 log = logging.getLogger(__name__)
 
@@ -47,18 +44,9 @@ def create_interactor(settings: Settings) -> Interactor:
 
     raises  CheckpointError, ConfigError, NumericError
     """
-    segmenter = load_segmenter(
-        settings.checkpoint,
-        model_size=settings.model_size,
-        cache_bytes=settings.cache_mb * 2**20,
-        max_pixels=settings.max_pixels,
-        threads=settings.threads,
-    )
-    segmenter.segment(np.zeros((64, 64, 3), np.uint8), [Click(32, 32)])
-    segmenter.clear_cache()
     # auto cannot know the page: the request does not tell its version, and "mask" is what every page reads.
     form: ResponseForm = "shapes" if settings.cvat_response == "shapes" else "mask"
-    return Interactor(segmenter, form=form)
+    return Interactor(warm_segmenter(settings), form=form)
 
 
 def init_context(context: Any) -> None:

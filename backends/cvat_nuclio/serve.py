@@ -8,54 +8,23 @@ from __future__ import annotations
 
 import argparse
 import base64
-import os
 import re
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import flask
 import nuclio_sdk
-from gunicorn.app.base import BaseApplication
-from gunicorn.arbiter import Arbiter
 from nuclio_sdk.event import EventDeserializerKinds
 from nuclio_sdk.json_encoder import Encoder
 from werkzeug.exceptions import HTTPException
 
 from backends.common.http import BusyError
+from backends.common.server import Admission
 from backends.cvat_nuclio import contract
 from backends.cvat_nuclio.service import Reply, failed, refused
-from inter2former.errors import Inter2FormerError
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
-FULL = "All workers are busy; try again in a moment."
-
-
-class Admission:
-    """At most `running` events at once and `waiting` more in line, each for at most `wait_s` seconds."""
-
-    def __init__(self, running: int, waiting: int, wait_s: float) -> None:
-        self._places = threading.BoundedSemaphore(running + waiting)
-        self._turns = threading.BoundedSemaphore(running)
-        self._wait_s = wait_s
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Raises BusyError: at once when the line is full, after `wait_s` when no turn came."""
-        if not self._places.acquire(blocking=False):
-            raise BusyError(FULL)
-        try:
-            if not self._turns.acquire(timeout=self._wait_s):
-                raise BusyError(FULL)
-            try:
-                yield
-            finally:
-                self._turns.release()
-        finally:
-            self._places.release()
 
 
 def create_app(
@@ -82,7 +51,7 @@ def create_app(
         if flask.request.method in ("GET", "HEAD"):  # liveness does not stand in line
             return to_response(nuclio_sdk.Response.from_entrypoint_output(encode, handler(context, event)))
         try:
-            with admission.turn():
+            with admission.place(), admission.turn():
                 output = handler(context, event)
         except BusyError as busy:
             return to_flask(failed(busy))
@@ -151,41 +120,6 @@ def _raw(value: Any) -> Any:
     if isinstance(value, dict):
         return {_raw(key): _raw(item) for key, item in value.items()}
     return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
-
-
-class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
-    """One gunicorn process with threads, so that everybody shares one cache.
-
-    `create` runs inside of the process: compute threads do not survive a fork. When it raises one of our errors the
-    server stops with that sentence and exit status 3.
-    """
-
-    def __init__(self, create: Callable[[], flask.Flask], host: str, port: int, *, threads: int = 24) -> None:
-        self._create = create
-        self._options = {
-            "bind": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
-            "worker_class": "gthread",
-            "workers": 1,
-            "threads": threads,  # more than Admission lets in, so that a full line is answered at once
-            "timeout": 120,
-            "graceful_timeout": 30,
-            # The heartbeat is a file: in memory, where there is one of the kind.
-            "worker_tmp_dir": "/dev/shm" if os.access("/dev/shm", os.W_OK) else None,
-            "control_socket_disable": True,  # it is a file in the home folder; serving needs no writable disk
-        }
-        super().__init__()
-
-    def load_config(self) -> None:
-        for name, value in self._options.items():
-            if name in self.cfg.settings:  # older gunicorns have no control socket
-                self.cfg.set(name, value)
-
-    def load(self) -> flask.Flask:
-        try:
-            return self._create()
-        except Inter2FormerError as problem:
-            print(problem, file=sys.stderr)
-            sys.exit(Arbiter.WORKER_BOOT_ERROR)
 
 
 def arguments(description: str, port: int) -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
+import contextlib
 import dataclasses
 import ipaddress
 import logging
@@ -23,7 +24,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 import cachetools
 import numpy as np
 
-from backends.common.http import BusyError, FetchError, RequestError, UrlError
+from backends.common.http import FetchError, RequestError, UrlError
 from backends.common.images import (
     Fetcher,
     Origin,
@@ -33,6 +34,7 @@ from backends.common.images import (
     read_local_file,
 )
 from backends.common.metrics import Metrics
+from backends.common.server import Admission
 from backends.common.settings import Settings
 from backends.label_studio import contract
 from backends.label_studio.credentials import Credentials, is_personal_access_token
@@ -93,37 +95,6 @@ class Trace:
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
 
-class Gate:
-    """One click computes at a time, a bounded number waits, and nobody longer than the platform would."""
-
-    def __init__(self, *, places: int, wait_s: float) -> None:
-        self._places = threading.BoundedSemaphore(places)
-        self._turn = threading.Lock()
-        self._wait_s = wait_s
-
-    @contextmanager
-    def place(self) -> Iterator[None]:
-        """Raises BusyError at once when too many are in already."""
-        if not self._places.acquire(blocking=False):
-            raise BusyError("Too many clicks are waiting.", "Try again in a moment.")
-        try:
-            yield
-        finally:
-            self._places.release()
-
-    @contextmanager
-    def turn(self, trace: Trace) -> Iterator[None]:
-        """Raises BusyError when no turn came in time."""
-        with trace.stage("queue"):
-            mine = self._turn.acquire(timeout=self._wait_s)
-        if not mine:
-            raise BusyError(f"No turn came within {self._wait_s:g} seconds.", "Try again in a moment.")
-        try:
-            yield
-        finally:
-            self._turn.release()
-
-
 class Backend:
     """Answers Label Studio's calls with one segmenter. Thread-safe.
 
@@ -150,7 +121,7 @@ class Backend:
             allow_private_hosts=settings.allow_private_hosts,
         )
         self._credentials = Credentials(self._fetcher)
-        self._gate = Gate(places=places, wait_s=wait_s)
+        self._admission = Admission(running=1, waiting=places - 1, wait_s=wait_s)
         self._lock = threading.Lock()  # of the three memories below; nothing slow happens under it
         self._files: cachetools.TTLCache[object, bytes] = cachetools.TTLCache(FILES_BYTES, FILES_TTL_S, getsizeof=len)
         self._projects: cachetools.LRUCache[str, Project] = cachetools.LRUCache(PROJECTS)
@@ -193,7 +164,7 @@ class Backend:
             if len(request.tasks) == 1 and not request.context:  # somebody has opened this task: a click will follow
                 self._encode_ahead(request)
             return {"results": [nothing for _ in request.tasks]}
-        with self._gate.place():
+        with self._admission.place():
             self.metrics.queue.inc()
             try:
                 answer = self._click(request, interaction, trace)
@@ -219,7 +190,9 @@ class Backend:
             return None  # negative clicks alone
         file = self._image(request, contract.image_address(task, config, interaction), trace)
         name = _task_name(task)
-        with self._gate.turn(trace):
+        with contextlib.ExitStack() as turn:
+            with trace.stage("queue"):
+                turn.enter_context(self._admission.turn())
             try:
                 with trace.stage("decode_image"):
                     info = self.segmenter.identify(file.data)
@@ -288,7 +261,7 @@ class Backend:
             try:
                 config = contract.parse_config(request.label_config)
                 file = self._image(request, contract.image_address(request.tasks[0], config), Trace())
-                with self._gate.turn(Trace()):
+                with self._admission.turn():
                     self.segmenter.prefetch(file.data)
                 self._keep(file)
             except Inter2FormerError as error:

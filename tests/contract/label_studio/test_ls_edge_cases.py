@@ -22,9 +22,10 @@ from ls_platform import LEGACY, PAT, Platform, at, decode_rle, mask_of, photo, r
 from PIL import Image
 
 from backends.common.http import BusyError
+from backends.common.server import Admission
 from backends.label_studio import contract
 from backends.label_studio.app import create_app
-from backends.label_studio.service import Backend, Gate, Trace
+from backends.label_studio.service import Backend
 from inter2former import brush_rle
 from inter2former.segmenter import Segmenter
 
@@ -455,7 +456,7 @@ def test_e19_r2_parallel_clicks_and_health(client: FlaskClient, make_app: Callab
 def test_e19_health_and_setup_wait_for_nothing(make_app: Callable[..., flask.Flask]) -> None:
     app = make_app()
     backend: Backend = app.extensions["inter2former"]
-    with backend._gate.turn(Trace()), ThreadPoolExecutor(2) as pool:
+    with backend._admission.turn(), ThreadPoolExecutor(2) as pool:
         asked = [
             pool.submit(app.test_client().get, "/health"),
             pool.submit(app.test_client().post, "/setup", json=request_of("02")),
@@ -466,13 +467,13 @@ def test_e19_health_and_setup_wait_for_nothing(make_app: Callable[..., flask.Fla
 def test_e19_too_many_at_once_hear_it_at_once(make_app: Callable[..., flask.Flask]) -> None:
     app = make_app()
     backend: Backend = app.extensions["inter2former"]
-    backend._gate = Gate(places=1, wait_s=0.01)
-    with backend._gate.place():
+    backend._admission = Admission(running=1, waiting=0, wait_s=0.01)
+    with backend._admission.place():
         response = app.test_client().post("/predict", json=body(click(50, 50)))
     assert response.status_code == 503
     assert response.headers["Retry-After"] == "1"
     held = threading.Event()
-    with backend._gate.turn(Trace()), pytest.raises(BusyError), backend._gate.turn(Trace()):
+    with backend._admission.turn(), pytest.raises(BusyError), backend._admission.turn():
         held.set()
     assert not held.is_set()
 

@@ -27,6 +27,7 @@ from backends.common import log as logs
 from backends.common.http import FetchError
 from backends.common.images import Fetcher
 from backends.common.images import Platform as PlatformAddress
+from backends.common.server import START_FAILED, Server
 from backends.common.settings import Settings
 from backends.label_studio import __main__ as server
 from backends.label_studio import app as app_module
@@ -397,8 +398,8 @@ def test_r17_a_broken_checkpoint_stops_the_start(tmp_path: Path, caplog: pytest.
     broken = tmp_path / "w.safetensors"
     broken.write_bytes(b"nothing")
     with pytest.raises(SystemExit) as stopped:
-        server.Server(Settings(checkpoint=broken), "127.0.0.1", 1).load()
-    assert stopped.value.code == server.START_FAILED
+        Server(lambda: server.create(Settings(checkpoint=broken)), "127.0.0.1", 1).load()
+    assert stopped.value.code == START_FAILED
     assert "cannot start" in caplog.text
     assert all(record.exc_info is None for record in caplog.records)
 

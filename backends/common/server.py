@@ -1,0 +1,141 @@
+"""How a door runs: weights loaded and warm, one gunicorn process with threads, a bounded line in front of the work.
+
+Platform rules live in the doors. Weights are loaded inside the worker: threads that a parent's numeric library
+started would not survive the fork.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import flask
+import numpy as np
+from gunicorn import glogging
+from gunicorn.app.base import BaseApplication
+
+from backends.common import log as logs
+from backends.common.http import BusyError
+from backends.common.settings import Settings, load_settings
+from inter2former.errors import Inter2FormerError
+from inter2former.prompts import Click
+from inter2former.segmenter import Segmenter, load_segmenter
+
+START_FAILED = 4  # gunicorn's exit status for an application that cannot be loaded: it does not try again
+
+log = logging.getLogger("backends")
+
+
+def warm_segmenter(settings: Settings) -> Segmenter:
+    """Weights loaded and one click made on nothing, so that the first person waits for no set-up.
+
+    raises  CheckpointError, ConfigError, NumericError
+    """
+    began = time.perf_counter()
+    segmenter = load_segmenter(
+        settings.checkpoint,
+        model_size=settings.model_size,
+        cache_bytes=settings.cache_mb * 2**20,
+        max_pixels=settings.max_pixels,
+        threads=settings.threads,
+    )
+    segmenter.segment(np.zeros((64, 64, 3), np.uint8), [Click(32, 32)])
+    segmenter.clear_cache()
+    log.info("ready after %.1f s, model %s", time.perf_counter() - began, segmenter.digest[:12])
+    return segmenter
+
+
+class Admission:
+    """At most `running` pieces of work at once and `waiting` more in line, each for at most `wait_s` seconds (R10)."""
+
+    def __init__(self, running: int, waiting: int, wait_s: float) -> None:
+        self._places = threading.BoundedSemaphore(running + waiting)
+        self._turns = threading.BoundedSemaphore(running)
+        self._wait_s = wait_s
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place in the line, held while fetching too. BusyError at once when the line is full."""
+        if not self._places.acquire(blocking=False):
+            raise BusyError("Too many clicks are waiting.", "Try again in a moment.")
+        try:
+            yield
+        finally:
+            self._places.release()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """The right to compute. BusyError when no turn came in time."""
+        if not self._turns.acquire(timeout=self._wait_s):
+            raise BusyError(f"No turn came within {self._wait_s:g} seconds.", "Try again in a moment.")
+        try:
+            yield
+        finally:
+            self._turns.release()
+
+
+class _Logger(glogging.Logger):  # type: ignore[misc]  # gunicorn has no types
+    """Gunicorn's messages go where ours go."""
+
+    def setup(self, cfg: Any) -> None:
+        self.error_log.propagate = True
+        self.error_log.setLevel(logging.INFO)
+
+
+class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
+    """One process with threads, so that everybody shares one cache; reads neither arguments nor gunicorn's variables.
+
+    create   makes the application, inside of the worker; one of our errors stops the server with that sentence and
+             exit status START_FAILED
+    threads  more than Admission lets in, so that health is answered and a full line is refused at any time
+    """
+
+    def __init__(self, create: Callable[[], flask.Flask], host: str, port: int, *, threads: int = 32) -> None:
+        self._create = create
+        self._options: dict[str, Any] = {
+            "bind": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+            "worker_class": "gthread",
+            "workers": 1,
+            "threads": threads,
+            "timeout": 120,
+            "graceful_timeout": 30,  # after SIGTERM: the clicks in work are answered first (R19)
+            "keepalive": 5,
+            "logger_class": _Logger,
+            "accesslog": None,
+            "preload_app": False,
+            "proc_name": "inter2former",
+            # The worker's heartbeat is a file: in memory, so that no disk has to be writable (R21).
+            "worker_tmp_dir": "/dev/shm" if os.access("/dev/shm", os.W_OK) else None,
+            "control_socket_disable": True,  # newer versions open one in the home folder
+        }
+        super().__init__()
+
+    def load_config(self) -> None:
+        for name, value in self._options.items():
+            if name in self.cfg.settings:  # older gunicorns have no control socket
+                self.cfg.set(name, value)
+
+    def load(self) -> flask.Flask:
+        try:
+            return self._create()
+        except Inter2FormerError as error:
+            log.critical("cannot start: %s", error)
+            sys.exit(START_FAILED)
+
+
+def serve(create: Callable[[Settings], flask.Flask], host: str, port: int) -> int:
+    """Settings, logging, server; returns an exit status. Wrong settings are all named and stop the start (R17)."""
+    try:
+        settings = load_settings()
+    except Inter2FormerError as error:
+        print(error, file=sys.stderr)
+        return 2
+    logs.configure(as_json=settings.log_json, known_secrets=settings.secrets())
+    Server(lambda: create(settings), host, port).run()
+    return 0
