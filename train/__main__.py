@@ -10,6 +10,7 @@ import typer
 from inter2former.config import PRESETS
 from train import loop
 from train import pretrain as pretraining
+from train.finetune import finetune
 
 app = typer.Typer(help="Train Inter2Former.", no_args_is_help=True, add_completion=False)
 
@@ -79,6 +80,9 @@ def teacher(
     photos = {photo.key: photo.rgb for folder in data for photo in read_photos(folder, "train")}
     teaching.precompute(weights, photos, out, progress=lambda ids: iter(track(ids)))
     typer.echo(f"wrote {out}")
+
+
+app.command()(finetune)
 
 
 if __name__ == "__main__":

@@ -232,16 +232,8 @@ def test_errors_are_one_sentence(run: Run, options: list[str], says: str) -> Non
 
 def test_the_module_runs_as_a_command(project: Path) -> None:
     root = Path(finetune.__file__).parents[1]
-    entry = "import typer; from train.finetune import finetune; typer.run(finetune)"
-    command = [
-        sys.executable,
-        "-c",
-        entry,
-        "--export",
-        str(project / "export.json"),
-        "--images",
-        str(project / "images"),
-    ]
+    command = [sys.executable, "-m", "train", "finetune"]
+    command += ["--export", str(project / "export.json"), "--images", str(project / "images")]
     command += ["--out", str(project / "out"), "--checkpoint", str(project / "parent.safetensors"), *QUICK]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "--workers", "1"], cwd=root, env=environment, capture_output=True, text=True)
