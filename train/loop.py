@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from inter2former.config import ModelConfig
+from inter2former.files import write_atomically
 from inter2former.nn.canny import MEAN, STD
 from inter2former.nn.model import Features, Inter2Former
 from train import fast, losses, simulate
@@ -326,6 +327,8 @@ def run(
 
     if trainer.step == 0:
         measure()
+    elif log_path.exists() and not trainer.peers.rank:
+        _forget(log_path, trainer.step)
     phase: Phase | None = None
     source: Iterator[dict[str, Tensor]] = iter(())
     last_save = last_probe = trainer.elapsed_s
@@ -351,3 +354,9 @@ def run(
             clock = time.perf_counter()  # measuring is not training
     save()
     measure()
+
+
+def _forget(log: Path, step: int) -> None:
+    """Drop the rows of steps that happened after the state was saved: they are about to happen again."""
+    lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+    write_atomically(log, "".join(line + "\n" for line in lines).encode())

@@ -84,6 +84,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(pack: Pack, tmp_path:
         train(pack, tmp_path / "cut", config, report=kill)
     resumed = train(pack, tmp_path / "cut", config)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert len((tmp_path / "cut" / "log.jsonl").read_text().splitlines()) == 6 + 4  # a phase is named again on resuming
     for one, other in zip(
         whole.average.model.state_dict().values(), resumed.average.model.state_dict().values(), strict=True
     ):
