@@ -11,7 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import cv2
 import numpy as np
 import typer
 
@@ -19,7 +18,7 @@ from inter2former import Segmenter, load_segmenter
 from inter2former.evaluation import Image, Mask, Target, evaluate
 from inter2former.files import write_atomically
 from inter2former.images import decode_image
-from inter2former.masks import overlay, png_to_mask
+from inter2former.masks import overlay, png_to_mask, rgb_to_png
 from inter2former.prompts import Click
 
 DATA = Path(__file__).parent / "demo_data"
@@ -51,9 +50,8 @@ def main(
     for number, (click, iou) in enumerate(zip(clicks, ious, strict=False), start=1):
         sign = "+" if click.positive else "-"
         print(f"click {number} ({sign}) at {click.x:.0f}, {click.y:.0f}: IoU {100 * iou:.1f} %")
-    picture = cv2.cvtColor(overlay(image, mask, clicks), cv2.COLOR_RGB2BGR)
     path = out / "demo.png"
-    write_atomically(path, bytes(cv2.imencode(".png", picture)[1]))
+    write_atomically(path, rgb_to_png(overlay(image, mask, clicks)))
     print(f"wrote {path}")
 
 

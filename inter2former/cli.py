@@ -120,10 +120,6 @@ def _print_json(content: dict[str, Any]) -> None:
     print(json.dumps(content, allow_nan=False))
 
 
-def _png(rgb: Any) -> bytes:
-    return bytes(cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))[1])
-
-
 # -- commands --------------------------------------------------------------------------------------------------------
 
 
@@ -156,7 +152,7 @@ def segment(
     if out is not None:
         write_atomically(out, masks.mask_to_png(result.mask))
     if overlay is not None:
-        write_atomically(overlay, _png(masks.overlay(pixels, result.mask, clicks, frame)))
+        write_atomically(overlay, masks.rgb_to_png(masks.overlay(pixels, result.mask, clicks, frame)))
     if as_json:
         _print_json(_segmentation_json(result))
         return

@@ -265,6 +265,11 @@ def mask_to_png(mask: Mask) -> bytes:
     return bytes(cv2.imencode(".png", mask.view(np.uint8) * np.uint8(255))[1])
 
 
+def rgb_to_png(rgb: UInt8) -> bytes:
+    """A picture (uint8 [H, W, 3] RGB) as PNG: overlays for people to look at."""
+    return bytes(cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))[1])
+
+
 def png_to_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Mask:
     """bool [H, W] from any PNG: inside is what is neither black nor fully transparent.
 
