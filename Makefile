@@ -36,6 +36,10 @@ lint: $(STAMP) ## ruff, mypy and the import contracts
 demo: $(STAMP) ## three clicks on a photo: IoU and an overlay picture in out/
 	$(BIN)/python -m benchmarks.demo --out out
 
+e2e: $(STAMP) ## a real Label Studio, and its labeling page where there is a Chromium
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt playwright
+	$(BIN)/python -m pytest tests/e2e -m e2e -q
+
 # Sanitizer runtimes must be loaded before Python. libstdc++ with them, so that exceptions are seen; Python itself never
 # frees everything, so leaks are not looked for.
 RUNTIME = $(shell $(CXX) -print-file-name=$(1))

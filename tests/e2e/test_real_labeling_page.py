@@ -1,0 +1,174 @@
+"""Label Studio's labeling page in Chromium with our backend behind it: what a person does, and what is stored.
+
+Pictures of the page are left in out/e2e. Skipped where there is no Chromium.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from label_studio_real import PASSWORD, ROOT, USER, Client, Photo, Project, checked_mask
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; make e2e installs it")
+
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+PATIENCE_MS = 180_000
+PICTURES = ROOT / "out" / "e2e"
+
+_SMART_POINT_IS_CHOSEN = """() => {
+    const tool = ToolManager.getInstance({name: "image"}).findSelectedTool();
+    return !!tool && tool.dynamic && tool.toolName === "KeyPointTool"; }"""
+
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium: install one (apt-get install chromium), or name it in CHROMIUM"
+)
+
+
+class LabelingPage:
+    """A task, open in the browser, as the annotator sees it."""
+
+    def __init__(self, page: Any, project: Project) -> None:
+        self._page, self._project = page, project
+        self._masks = 0
+
+    def open(self, task: int) -> None:
+        self._page.goto(f"{self._project.client.address}/projects/{self._project.id}/data?task={task}")
+        self._loaded()
+
+    def reload(self) -> None:
+        self._page.reload()
+        self._loaded()
+
+    def _loaded(self) -> None:
+        self._page.wait_for_selector(".konvajs-content canvas")
+        self._page.wait_for_function("() => window.Htx && !Htx.isLoading && Htx.annotationStore.selected")
+        self._page.wait_for_function(
+            """() => [...Htx.annotationStore.selected.names.values()]
+                     .some(tag => tag.type === "image" && tag.imageIsLoaded !== false && tag.stageRef)"""
+        )
+        # The switch itself is drawn over: the box is pressed from a script.
+        switch = self._page.get_by_test_id("bottombar-auto-annotation-toggle")
+        switch.wait_for(state="attached")
+        if not switch.is_checked():
+            switch.evaluate("box => box.click()")
+
+    def click(self, x: float, y: float, *, positive: bool = True) -> dict[str, Any]:
+        """A smart click at percent (x, y), label chosen by its key; the platform's answer to it."""
+        # The label after the tool: the other way round the page takes the plain tool. M goes on to the next smart
+        # tool, and a reloaded page remembers the last one. After a click the label is let go.
+        for _ in range(4):
+            if self._page.evaluate(_SMART_POINT_IS_CHOSEN):
+                break
+            self._page.keyboard.press("m")
+            self._page.wait_for_timeout(300)
+        self._page.keyboard.press("1")
+        self._page.wait_for_timeout(300)
+        where = self._page.evaluate(
+            """([x, y]) => {
+                 const image = Htx.annotationStore.selected.names.get("image"), stage = image.stageRef;
+                 const place = stage.container().getBoundingClientRect();
+                 const point = stage.getAbsoluteTransform().point(
+                   {x: image.internalToCanvasX(x), y: image.internalToCanvasY(y)});
+                 return [place.left + point.x, place.top + point.y]; }""",
+            [x, y],
+        )
+        with self._page.expect_response("**/interactive-annotating*", timeout=PATIENCE_MS) as waiting:
+            if not positive:
+                self._page.keyboard.down("Alt")
+            self._page.mouse.click(*where)
+            if not positive:
+                self._page.keyboard.up("Alt")
+        answer = waiting.value
+        asked = answer.request.post_data_json["context"]["result"]
+        self._page.wait_for_function("() => !Htx.awaitingSuggestions && Htx.annotationStore.selected.suggestions.size")
+        return {"context": asked, "answer": answer.json()}
+
+    def accept(self) -> None:
+        self._page.get_by_test_id("bottombar-accept-suggestions-button").first.click()
+        self._page.wait_for_function("() => !Htx.annotationStore.selected.suggestions.size")
+
+    def submit(self) -> None:
+        with self._page.expect_response(
+            lambda answer: "/annotations" in answer.url and answer.request.method == "POST", timeout=PATIENCE_MS
+        ):
+            self._page.locator("button[name=submit]").first.click()
+
+    def wait_for_draft(self) -> None:
+        self._page.wait_for_function("() => Htx.annotationStore.selected.draftId > 0")
+
+    def picture(self, name: str) -> None:
+        PICTURES.mkdir(parents=True, exist_ok=True)
+        self._page.screenshot(path=PICTURES / f"{name}.png")
+
+
+@contextmanager
+def opened(project: Project) -> Iterator[LabelingPage]:
+    """A browser of its own, logged in, with the project's first task open."""
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, headless=True, args=list(FLAGS))
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.set_default_timeout(PATIENCE_MS)
+        page.goto(f"{project.client.address}/user/login/")
+        page.fill("input[name=email]", USER)
+        page.fill("input[name=password]", PASSWORD)
+        page.click("button[type=submit]")
+        page.wait_for_url(lambda address: "/login" not in address)
+        labeling = LabelingPage(page, project)
+        try:
+            labeling.open(project.tasks[0])
+            yield labeling
+        except BaseException:
+            labeling.picture("failed")
+            raise
+        finally:
+            browser.close()
+
+
+def test_click_correct_accept_submit(client: Client, server: str, photo: Callable[[str], Photo]) -> None:
+    project = client.project([photo("chelsea.jpg")], server)
+    with opened(project) as page:
+        first = page.click(45, 45)
+        page.picture("1-first-click")
+        second = page.click(8, 12, positive=False)
+        page.picture("2-negative-click")
+        page.accept()
+        page.picture("3-accepted")
+        page.submit()
+        page.picture("4-submitted")
+    assert [entry["is_positive"] for entry in first["context"]] == [True]
+    assert [entry["is_positive"] for entry in second["context"]] == [True, False]
+    checked_mask(first["answer"]["data"]["result"], first["context"])
+    served = checked_mask(second["answer"]["data"]["result"], second["context"])
+
+    (annotation,) = project.annotations(project.tasks[0])
+    # The page stores an accepted mask under the clicking control as well, with the same id.
+    masks = [entry for entry in annotation["result"] if entry["type"] == "brushlabels"]
+    assert len({entry["id"] for entry in annotation["result"]}) == 1
+    assert np.array_equal(checked_mask(masks, second["context"]), served)
+
+
+def test_signs_survive_a_reload(client: Client, server: str, photo: Callable[[str], Photo]) -> None:
+    project = client.project([photo("chelsea.jpg")], server)
+    with opened(project) as page:
+        page.click(45, 45)
+        before = page.click(8, 12, positive=False)
+        page.wait_for_draft()
+        page.reload()
+        after = page.click(60, 50)
+        page.picture("5-after-a-reload")
+    signs = {entry["id"]: entry["is_positive"] for entry in before["context"]}
+    assert [entry.get("is_positive") for entry in after["context"]] == [None, None, True]
+    remembered = [entry | {"is_positive": signs.get(entry["id"], True)} for entry in after["context"]]
+    checked_mask(after["answer"]["data"]["result"], remembered)
