@@ -4,11 +4,13 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 COMMA   = ,
+# One process a core, one thread each.
+TEST_PROCESSES ?= 2
 # C++ and build files: a change rebuilds the native module.
 NATIVE  = $(wildcard csrc/*) CMakeLists.txt pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test lint demo bench e2e sanitize sanitize-threads soak perf-check docs clean
+.PHONY: help venv serve test lint demo bench e2e sanitize sanitize-threads clean
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 14
@@ -25,7 +27,8 @@ serve: $(STAMP) ## the Label Studio backend on port 9090
 	$(BIN)/python -m backends.label_studio --port 9090
 
 test: $(STAMP) ## unit, contract, property and native tests
-	$(BIN)/python -m pytest tests/unit tests/contract tests/property tests/native --cov=inter2former --cov-report=term --cov-fail-under=90 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/contract tests/property tests/native -n $(TEST_PROCESSES) \
+		--cov=inter2former --cov-report=term --cov-fail-under=90 -q
 
 lint: $(STAMP) ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .
@@ -35,6 +38,9 @@ lint: $(STAMP) ## ruff, mypy and the import contracts
 
 demo: $(STAMP) ## three clicks on a photo: IoU and an overlay picture in out/
 	$(BIN)/python -m benchmarks.demo --out out
+
+bench: $(STAMP) ## stage times of the shipped weights, served and plain, as a table
+	$(BIN)/inter2former bench --preset small
 
 e2e: $(STAMP) ## a real Label Studio, and its labeling page where there is a Chromium
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt playwright

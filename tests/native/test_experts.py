@@ -46,6 +46,8 @@ def assert_agrees(module: HybridExperts, isa: str, x: torch.Tensor, edge: torch.
     theirs = (twin - want)[compare].abs()
     scale = float(want.abs().max())
     assert ours.max() <= 2 * theirs.max() + 4e-7 * scale
+    if ours.numel() < 64:  # the mean over a handful says how lucky PyTorch was, not how exact
+        return
     assert ours.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt() + 1e-7 * scale
 
 

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from synthetic import make_image
 
 from inter2former import Box, Click, Segmenter
+from inter2former.checkpoints import load_checkpoint
 from inter2former.nn.model import Inter2Former
+from inter2former.runtime.packing import pack
 
 SIZES = [(120, 160), (97, 61), (300, 200), (256, 256)]  # of the images 0, 1, 2, 3
 picture = functools.cache(make_image)
@@ -125,18 +127,19 @@ def in_another_process(checkpoint: Path, requests: list[Request], folder: Path) 
     return list(json.loads(done.stdout))
 
 
-def test_six_clicks_with_an_undo(tiny_model: Inter2Former, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """R1: cold = warm = forgetting = other process."""
-    expected = [cold(tiny_model, request) for request in SESSION]
+def test_six_clicks_with_an_undo(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """R1: cold = warm = forgetting = other process, with a model as it is served."""
+    served = pack(load_checkpoint(tiny_checkpoint).model)
+    expected = [cold(served, request) for request in SESSION]
     assert expected[2] == expected[4]
     assert len(set(expected)) == len(SESSION) - 1
 
-    warm = Segmenter(tiny_model)
+    warm = Segmenter(served)
     assert [answer(warm, request) for request in SESSION] == expected
     assert [answer(warm, request) for request in reversed(SESSION)] == expected[::-1]
     assert warm.encodes == 1
 
-    forgetting = Segmenter(tiny_model)
+    forgetting = Segmenter(served)
     for request, wanted in zip(SESSION, expected, strict=True):
         assert answer(forgetting, request) == wanted
         forgetting.clear_cache()
