@@ -148,7 +148,7 @@ def small() -> ModelConfig:
         attention_dim=64,
         up_norm="pixel",
         edge_blocks=1,
-        auto_sizes=(512,),
+        auto_sizes=(256,),  # whole objects of large photos fall apart above the size of the training crops (measured)
     )
 
 
