@@ -10,7 +10,7 @@ TEST_PROCESSES ?= 2
 NATIVE  = $(wildcard csrc/*) CMakeLists.txt pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test lint demo bench e2e sanitize sanitize-threads clean
+.PHONY: help venv serve test lint demo bench docs e2e sanitize sanitize-threads clean
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 14
@@ -41,6 +41,9 @@ demo: $(STAMP) ## three clicks on a photo: IoU and an overlay picture in out/
 
 bench: $(STAMP) ## stage times of the shipped weights, served and plain, as a table
 	$(BIN)/inter2former bench --preset small
+
+docs: $(STAMP) ## check that the pages' links and anchors lead somewhere
+	$(BIN)/python -m pytest tests/unit/test_docs.py -q
 
 e2e: $(STAMP) ## a real Label Studio, and its labeling page where there is a Chromium
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt playwright
