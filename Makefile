@@ -10,7 +10,7 @@ TEST_PROCESSES ?= 2
 NATIVE  = $(wildcard csrc/*) CMakeLists.txt pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test lint demo bench docs e2e sanitize sanitize-threads clean
+.PHONY: help venv serve test lint demo bench docs soak e2e sanitize sanitize-threads clean
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 14
@@ -27,7 +27,7 @@ serve: $(STAMP) ## the Label Studio backend on port 9090
 	$(BIN)/python -m backends.label_studio --port 9090
 
 test: $(STAMP) ## unit, contract, property and native tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/contract tests/property tests/native -n $(TEST_PROCESSES) \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/contract tests/property tests/native -m "not soak" -n $(TEST_PROCESSES) \
 		--cov=inter2former --cov-report=term --cov-fail-under=90 -q
 
 lint: $(STAMP) ## ruff, mypy and the import contracts
@@ -41,6 +41,9 @@ demo: $(STAMP) ## three clicks on a photo: IoU and an overlay picture in out/
 
 bench: $(STAMP) ## stage times of the shipped weights, served and plain, as a table
 	$(BIN)/inter2former bench --preset small
+
+soak: $(STAMP) ## tests that start many processes
+	$(BIN)/python -m pytest tests -m soak -q
 
 docs: $(STAMP) ## check that the pages' links and anchors lead somewhere
 	$(BIN)/python -m pytest tests/unit/test_docs.py -q
