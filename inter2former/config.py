@@ -37,6 +37,7 @@ class ModelConfig:
     embed_dim: int = 256
     decoder_blocks: int = 2
     attention_dim: int = 32  # one head
+    position_span: int = 0  # full attention: positions of the longer side; 0 counts tokens, as released
     code_bits: int = 8  # BSQ codes have 2**code_bits entries
     n_experts: int = 8
     expert_hidden: int = 64
@@ -73,6 +74,7 @@ class ModelConfig:
                 "encoder head width must be a multiple of 4 (two axes of RoPE pairs)",
             ),
             (self.attention_dim % 4 == 0, "attention_dim must be a multiple of 4 (two axes of RoPE pairs)"),
+            (self.position_span >= 0, "position_span must not be negative"),
             (self.window % 2 == 0 and self.window > 0, "window must be even"),
             (self.anchor_size > 0 and self.anchor_size % 16 == 0, "anchor_size must be a multiple of 16 pixels"),
             (
@@ -146,6 +148,7 @@ def small() -> ModelConfig:
         up_channels=(128, 32, 16, 8),
         prompt_channels=(16, 32, 64),
         attention_dim=64,
+        position_span=16,  # positions as in a 256-pixel view at every size (miou@3 at T = 512: 34.6 -> 39.8)
         up_norm="pixel",
         edge_blocks=1,
         auto_sizes=(256,),  # whole objects of large photos fall apart above the size of the training crops (measured)

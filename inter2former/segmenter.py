@@ -71,6 +71,21 @@ class ImageInfo(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class KnownImage:
+    """An image that was named by `Segmenter.known`: passed instead of its bytes or pixels, it is not hashed again.
+
+    `image` may be replaced by another form of the same picture: pixels for now, the file's bytes to keep.
+    """
+
+    info: ImageInfo
+    image: bytes | UInt8 = dataclasses.field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.image) if isinstance(self.image, bytes) else self.image.nbytes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Segmentation:
     """One answer.
 
@@ -248,9 +263,18 @@ class Segmenter:
         """
         return _Pixels(self, image, _Clock()).info
 
+    def known(self, image: bytes | npt.NDArray[np.uint8]) -> KnownImage:
+        """The image with its name, for a caller that keeps it over many clicks: pixels when it had to be decoded for
+        its name, else what was given. Nobody may change them afterwards.
+
+        raises  ImageError
+        """
+        pixels = _Pixels(self, image, _Clock())
+        return KnownImage(pixels.info, image if pixels.decoded is None else pixels.decoded)
+
     # -- work --------------------------------------------------------------------------------------------------------
 
-    def prefetch(self, image: bytes | npt.NDArray[np.uint8], *, model_size: ModelSize | None = None) -> str:
+    def prefetch(self, image: bytes | npt.NDArray[np.uint8] | KnownImage, *, model_size: ModelSize | None = None) -> str:
         """Encode an image before its first click; returns its key.
 
         raises  ImageError, NumericError, PromptError for an impossible model_size
@@ -261,7 +285,7 @@ class Segmenter:
 
     def segment(
         self,
-        image: bytes | npt.NDArray[np.uint8],
+        image: bytes | npt.NDArray[np.uint8] | KnownImage,
         clicks: Sequence[Click] = (),
         *,
         box: Box | None = None,
@@ -270,7 +294,8 @@ class Segmenter:
     ) -> Segmentation:
         """The mask for ordered clicks and, if given, a box around the object and a mask to correct.
 
-        image         encoded bytes (JPEG, PNG, WebP, BMP, TIFF, GIF; EXIF applied) or uint8 pixels, see `images.as_rgb`
+        image         encoded bytes (JPEG, PNG, WebP, BMP, TIFF, GIF; EXIF applied) or uint8 pixels, see
+                      `images.as_rgb`; or what `known` made of them
         clicks        image pixels, x to the right, y down; the order matters
         box           image pixels; may reach over the image's border
         initial_mask  bool [H, W]; one that is False everywhere says nothing
@@ -454,11 +479,13 @@ class _Pixels:
         self.clock = clock
         self._image = image
         self._max_pixels = segmenter._max_pixels
-        self._rgb: UInt8 | None = None
+        self.decoded: UInt8 | None = None
         with clock("decode_image"):
             if isinstance(image, bytearray | memoryview):
                 image = bytes(image)
-            if isinstance(image, bytes):
+            if isinstance(image, KnownImage):
+                self._image, self.info = image.image, image.info
+            elif isinstance(image, bytes):
                 # Every click brings the bytes again: SHA-256 has instructions of its own, twice as fast as BLAKE2.
                 alias = hashlib.sha256(image).digest()
                 self.info = segmenter._cache.get_or_make(("bytes", alias), self._identify)
@@ -471,10 +498,10 @@ class _Pixels:
 
     def rgb(self) -> UInt8:
         """uint8 [H, W, 3]."""
-        if self._rgb is None:
+        if self.decoded is None:
             with self.clock("decode_image"):
-                self._rgb = as_rgb(self._image, max_pixels=self._max_pixels)
-        return self._rgb
+                self.decoded = as_rgb(self._image, max_pixels=self._max_pixels)
+        return self.decoded
 
 
 def _use_all_threads() -> None:
@@ -535,6 +562,7 @@ __all__ = [
     "STAGES",
     "CacheInfo",
     "ImageInfo",
+    "KnownImage",
     "ModelSize",
     "Segmentation",
     "Segmenter",

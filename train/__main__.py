@@ -33,7 +33,7 @@ def pretrain(
     max_steps: Annotated[int | None, typer.Option(help="Steps instead of minutes: repeats exactly on a CPU.")] = None,
     stage: Annotated[str, typer.Option(help="auto: dense targets, then clicks; or one: dense, clicks.")] = "auto",
     batch: Annotated[int, typer.Option(help="Crops a step.")] = loop.TrainConfig.batch,
-    size: Annotated[int, typer.Option(help="Side of a crop in pixels, a multiple of 16.")] = loop.TrainConfig.size,
+    size: Annotated[list[int] | None, typer.Option(help="Side of crops, multiple of 16; may be repeated.")] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = loop.TrainConfig.lr,
     workers: Annotated[int, typer.Option(help="Data processes.")] = loop.TrainConfig.workers,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
@@ -51,8 +51,8 @@ def pretrain(
         raise typer.BadParameter(f"{stage!r} is not one of {', '.join(shares)}.", param_hint="--stage")
     pretraining.quiet_threads(threads)
     settings = loop.TrainConfig(
-        seed=seed, minutes=minutes, max_steps=max_steps, dense_share=shares[stage], batch=batch, size=size, lr=lr,
-        workers=workers, amp=amp,
+        seed=seed, minutes=minutes, max_steps=max_steps, dense_share=shares[stage], batch=batch, lr=lr,
+        sizes=tuple(size or loop.TrainConfig.sizes), freeze_norms=start is not None, workers=workers, amp=amp,
     )  # fmt: skip
     try:
         path = pretraining.pretrain(

@@ -12,7 +12,6 @@ import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -56,7 +55,7 @@ class DrawConfig:
     """How samples are drawn; each value with its reason."""
 
     size: int = 256  # pixels; large enough for context, small enough for two cores
-    targets: int = 2  # objects a crop: the second shares the encoder's work
+    targets: int = 3  # objects a crop: the others share the encoder's work, two thirds of a step
     smallest: float = 0.0012  # of the crop; below it outlines are noise
     paste: float = 0.35  # of the crops get pasted objects: exact outlines on unlimited backgrounds
     union: float = 0.12  # touching regions together: both granularities must be reachable
@@ -397,14 +396,3 @@ def _pad(array: Array, size: int, value: int) -> Array:
     out = np.full((size, size, *array.shape[2:]), value, array.dtype)
     out[: array.shape[0], : array.shape[1]] = array
     return out
-
-
-class Batches:
-    """Map-style view for torch.utils.data.DataLoader(batch_size=None): item `step` is the batch of that step."""
-
-    def __init__(self, sampler: Sampler, n: int) -> None:
-        self.sampler, self.n = sampler, n
-
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        cv2.setNumThreads(0)  # the data process shares two cores with the training
-        return self.sampler.batch(step, self.n)

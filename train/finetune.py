@@ -89,8 +89,8 @@ class FinetuneConfig:
             minutes=self.minutes,
             max_steps=self.max_steps,
             batch=self.batch,
-            size=self.size,
-            finish_size=self.size * 3 // 32 * 16,  # one and a half times
+            sizes=(self.size, self.size, self.size * 3 // 32 * 16),  # a third of the steps one and a half times
+            freeze_norms=True,
             dense_share=0.0,
             dense_weight=0.0,
             lr=self.lr,

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import cv2
 import numpy as np
 import torch
 import torch.distributed
@@ -27,7 +28,7 @@ from inter2former.files import write_atomically
 from inter2former.nn.canny import MEAN, STD
 from inter2former.nn.model import Features, Inter2Former
 from train import fast, losses, simulate
-from train.data import Batches, DrawConfig, Pack, Sampler
+from train.data import DrawConfig, Pack, Sampler
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -40,9 +41,9 @@ class TrainConfig:
     minutes: float = 60.0  # of training, all sittings of the run together; the schedule is a fraction of it
     max_steps: int | None = None  # instead of minutes: for tests and exact repetition
     batch: int = 16  # crops; many sources in one batch, and two cores still make a step in seconds
-    size: int = 192  # pixels of a crop with clicks; most of the run
-    finish_size: int = 256  # larger views at the end, towards the sizes of use ...
-    finish_share: float = 0.2  # ... for this share of the run, with the batch shrunk to the same memory
+    # Sides of crops in pixels; each step draws one. Weights trained at one size fall apart at others (measured), so
+    # every size of use is here, small ones more often. `batch` is for the first; others hold as many pixels.
+    sizes: tuple[int, ...] = (256, 256, 256, 384, 384, 512)
     dense_share: float = 0.25  # dense targets alone at first: clicks are a weak signal for an untrained encoder
     dense_weight: float = 0.6  # of the dense losses beside the clicks, falling to a tenth
     lr: float = 1e-3  # small models from scratch bear a large one
@@ -51,6 +52,7 @@ class TrainConfig:
     clip: float = 1.0  # gradient norm
     ema: float = 0.998  # of the shipped weights; ramps up from 0.1, so that early checkpoints are useful
     amp: bool = True  # bfloat16 where the device multiplies it faster
+    freeze_norms: bool = False  # batch norms keep their statistics: when the weights to start from have good ones
     workers: int = 1  # data processes; one feeds two cores
     save_every_s: float = 120.0  # at most this much is lost to a kill
     probe_every_s: float = 1500.0  # of training; a probe costs a minute or two
@@ -64,19 +66,12 @@ class Phase:
     """What a stretch of the run looks like."""
 
     name: str
-    size: int
-    batch: int
     clicks: bool
 
 
 def phase_at(progress: float, config: TrainConfig) -> Phase:
-    """dense -> clicks -> finish, by progress 0..1."""
-    if progress < config.dense_share:
-        return Phase("dense", config.size, config.batch, False)
-    if progress < 1 - config.finish_share:
-        return Phase("clicks", config.size, config.batch, True)
-    batch = max(1, round(config.batch * (config.size / config.finish_size) ** 2))
-    return Phase("finish", config.finish_size, batch, True)
+    """dense -> clicks, by progress 0..1."""
+    return Phase("dense", False) if progress < config.dense_share else Phase("clicks", True)
 
 
 def rate_at(progress: float, step: int, config: TrainConfig) -> float:
@@ -169,7 +164,7 @@ class Trainer:
         """One optimiser step; returns what goes to the log."""
         config, progress = self.config, self.progress
         torch.manual_seed((config.seed * 1_000_003 + self.step) * self.peers.world + self.peers.rank)
-        self.model.train()
+        self._train_mode()
         batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
         image = normalise(batch["image"], batch["valid"])
         with self._autocast():
@@ -227,11 +222,18 @@ class Trainer:
                 output = self.model.decode_batch(fixed, self._states(annotators))
                 for annotator, mask in zip(annotators, (output.logits > 0).cpu().numpy(), strict=True):
                     annotator.round(mask)
-        self.model.train()
+        self._train_mode()
         output = self.model.decode_batch(shared, self._states(annotators))
         loss, parts = losses.click_loss(output, target)
         log = {name: float(v) for name, v in parts.items()}
         return loss, log | {"iou": float(losses.mask_iou(output.logits, target).mean())}
+
+    def _train_mode(self) -> None:
+        self.model.train()
+        if self.config.freeze_norms:
+            for module in self.model.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.eval()
 
     def _states(self, annotators: list[simulate.Annotator]) -> Tensor:
         return torch.from_numpy(np.stack([a.state for a in annotators])).to(self.device)
@@ -274,11 +276,28 @@ class Trainer:
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
 
 
-def batches(pack: Pack, config: TrainConfig, phase: Phase, start: int, rank: int = 0) -> Iterator[dict[str, Tensor]]:
+class Batches:
+    """Map-style view for torch.utils.data.DataLoader(batch_size=None): item `step` is the batch of that step.
+
+    The size of its crops depends on seed and step alone: all processes of a run work on the same size at a time.
+    """
+
+    def __init__(self, pack: Pack, config: TrainConfig, rank: int = 0) -> None:
+        self.config = config
+        draws = {size: dataclasses.replace(config.draw, size=size) for size in config.sizes}
+        self.samplers = {s: Sampler(pack, draw, config.seed + 1_000_003 * rank) for s, draw in draws.items()}
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        cv2.setNumThreads(0)  # the data process shares the cores with the training
+        sizes = self.config.sizes
+        size = sizes[np.random.default_rng([self.config.seed, step]).integers(len(sizes))]
+        return self.samplers[size].batch(step, max(1, round(self.config.batch * (sizes[0] / size) ** 2)))
+
+
+def batches(pack: Pack, config: TrainConfig, start: int, rank: int = 0) -> Iterator[dict[str, Tensor]]:
     """Endless batches from step `start` on, made by background processes."""
-    sampler = Sampler(pack, dataclasses.replace(config.draw, size=phase.size), config.seed + 1_000_003 * rank)
     loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
-        Batches(sampler, phase.batch),  # type: ignore[arg-type]  # only __getitem__ is asked of it
+        Batches(pack, config, rank),  # type: ignore[arg-type]  # only __getitem__ is asked of it
         batch_size=None,
         sampler=range(start, 1 << 40),
         num_workers=config.workers,
@@ -330,13 +349,13 @@ def run(
     elif log_path.exists() and not trainer.peers.rank:
         _forget(log_path, trainer.step)
     phase: Phase | None = None
-    source: Iterator[dict[str, Tensor]] = iter(())
+    source = batches(pack, config, trainer.step, trainer.peers.rank)
     last_save = last_probe = trainer.elapsed_s
     clock = time.perf_counter()
     while trainer.progress < 1:
         wanted = phase_at(trainer.progress, config)
         if wanted != phase:
-            phase, source = wanted, batches(pack, config, wanted, trainer.step, trainer.peers.rank)
+            phase = wanted
             log({"event": "phase", **dataclasses.asdict(phase)})
         batch = next(source)
         waited = time.perf_counter()
@@ -344,7 +363,8 @@ def run(
         now = time.perf_counter()
         trainer.elapsed_s += now - clock
         data_s, step_s, clock = waited - clock, now - waited, now
-        log({"phase": phase.name, "progress": trainer.progress, "data_s": data_s, "step_s": step_s, **row})
+        costs = {"data_s": data_s, "step_s": step_s, "size": batch["image"].shape[1]}
+        log({"phase": phase.name, "progress": trainer.progress, **costs, **row})
         if trainer.elapsed_s - last_save > config.save_every_s:
             last_save = trainer.elapsed_s
             save()

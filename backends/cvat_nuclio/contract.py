@@ -16,6 +16,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
+import secrets
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -32,6 +34,8 @@ OUTSIDE_PX = 1.0  # CVAT sends x = width for a click on the far border: up to th
 GZIP_ABOVE_BYTES = 100_000
 
 ResponseForm = Literal["mask", "shapes"]
+_IMAGE = re.compile(rb'"image"\s*:\s*"')
+_STAND_IN = secrets.token_hex(16)  # for the text of an image while the rest is parsed; no caller can guess it
 Mask = npt.NDArray[np.bool_]
 
 
@@ -55,6 +59,7 @@ class Request:
     negative: tuple[tuple[float, float], ...]
     corners: tuple[float, float, float, float] | None  # as drawn: x1, y1, x2, y2 in any order
     n_boxes: int = 0
+    null_box: bool = dataclasses.field(default=False, compare=False)  # only pages that know no shapes spell "no box" so
 
     @property
     def image_digest(self) -> str:
@@ -69,24 +74,15 @@ def parse(body: object) -> Request:
     point or box that is wrong.
     """
     fields = _fields(body)
-    image = fields.get("image")
-    if not isinstance(image, str):
-        raise ImageError(f"image is {_kind(image)}; base64 text of an image file is expected.")
-    if len(image) > MAX_BODY_BYTES:
-        raise TooLargeError.of(len(image))
-    if image.startswith("data:"):
-        image = image.partition(",")[2]
-    try:
-        text = image.encode("ascii")
-    except UnicodeEncodeError:
-        raise ImageError("image is not base64 text: it holds characters outside of ASCII.") from None
+    text = _image_text(fields.get("image"))
     if not text:
         raise ImageError("image is empty.")
     positive, negative = _points(fields, "pos_points"), _points(fields, "neg_points")
     if len(positive) + len(negative) > MAX_POINTS:
         raise PromptError(f"{len(positive) + len(negative)} points were sent; at most {MAX_POINTS} are allowed.")
     corners, n_boxes = _corners(fields.get("obj_bbox"))
-    return Request(text, positive, negative, corners, n_boxes)
+    null_box = "obj_bbox" in fields and fields["obj_bbox"] is None
+    return Request(text, positive, negative, corners, n_boxes, null_box)
 
 
 def image_bytes(request: Request) -> bytes:
@@ -124,13 +120,15 @@ def wants_mask(clicks: tuple[Click, ...], box: Box | None) -> bool:
 def run_lengths(mask: Mask) -> list[int]:
     """CVAT's mask points: runs in row order inside the tight box, zeros first, then left, top, right, bottom.
 
-    mask     bool [H, W], not empty
-    returns  Python ints; the four numbers of the box are inclusive, the runs sum to its area
+    mask     bool [H, W]
+    returns  Python ints; the four numbers of the box are inclusive, the runs sum to its area. [] for an empty mask
     """
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    rows = np.flatnonzero(mask.any(axis=1))
     if rows.size == 0:
-        raise ValueError("an empty mask has no run lengths")
-    top, bottom, left, right = int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])
+        return []
+    top, bottom = int(rows[0]), int(rows[-1])
+    columns = np.flatnonzero(mask[top : bottom + 1].any(axis=0))  # each pass over a large mask costs milliseconds
+    left, right = int(columns[0]), int(columns[-1])
     flat = mask[top : bottom + 1, left : right + 1].ravel()
     edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     runs: list[int] = np.diff(edges, prepend=0, append=flat.size).tolist()
@@ -146,8 +144,8 @@ def answer(mask: Mask, form: ResponseForm) -> bytes:
     """
     if form == "mask":
         return _mask_json(mask)
-    shapes = [{"type": "mask", "points": run_lengths(mask), "attributes": []}] if mask.any() else []
-    return dump({"shapes": shapes})
+    points = run_lengths(mask)
+    return dump({"shapes": [{"type": "mask", "points": points, "attributes": []}] if points else []})
 
 
 def dump(value: object) -> bytes:
@@ -170,11 +168,15 @@ def _pair_of(text: str) -> int:
 
 
 def _fields(body: object) -> Mapping[str, Any]:
+    """The request's keys; the image is bytes when it could be taken out before parsing."""
     if isinstance(body, bytes | bytearray | memoryview | str):
         if len(body) > MAX_BODY_BYTES:
             raise TooLargeError.of(len(body))
         try:
-            body = json.loads(body if isinstance(body, str) else bytes(body))
+            if isinstance(body, str):
+                body = json.loads(body)
+            else:
+                body = _apart(bytes(body))
         except (ValueError, RecursionError):
             raise RequestError(
                 "The request is not JSON.", "CVAT sends an object with image, pos_points and more."
@@ -182,6 +184,31 @@ def _fields(body: object) -> Mapping[str, Any]:
     if not isinstance(body, Mapping):
         raise RequestError(f"The request is {_kind(body)}; a JSON object is expected.")
     return body
+
+
+def _apart(body: bytes) -> object:
+    """What json.loads gives, but the image's text stays the bytes that it is: megabytes that need no parser."""
+    if found := _IMAGE.search(body):
+        start, end = found.end(), body.find(b'"', found.end())
+        text = body[start:end]
+        if end > 0 and b"\\" not in text and text.isascii():
+            fields = json.loads(b"".join((body[:start], _STAND_IN.encode(), body[end:])))
+            if isinstance(fields, dict) and fields.get("image") == _STAND_IN:
+                return {**fields, "image": text}
+    return json.loads(body)  # an unusual spelling
+
+
+def _image_text(image: object) -> bytes:
+    """Base64 text without the head of a data URL."""
+    if not isinstance(image, str | bytes):
+        raise ImageError(f"image is {_kind(image)}; base64 text of an image file is expected.")
+    if len(image) > MAX_BODY_BYTES:
+        raise TooLargeError.of(len(image))
+    try:
+        text = image if isinstance(image, bytes) else image.encode("ascii")
+    except UnicodeEncodeError:
+        raise ImageError("image is not base64 text: it holds characters outside of ASCII.") from None
+    return text.partition(b",")[2] if text.startswith(b"data:") else text
 
 
 def _points(fields: Mapping[str, Any], name: str) -> tuple[tuple[float, float], ...]:

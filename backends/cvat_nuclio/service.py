@@ -10,11 +10,9 @@ import dataclasses
 import gzip
 import json
 import logging
-import threading
 import time
 from collections.abc import Mapping
 
-import cachetools
 import numpy as np
 
 from backends.common.http import error_answer, error_body
@@ -22,7 +20,8 @@ from backends.common.log import new_request_id
 from backends.common.log import request_id as logged_id
 from backends.common.metrics import CONTENT_TYPE, Metrics, version
 from backends.cvat_nuclio import contract
-from inter2former.segmenter import ImageInfo, Segmenter
+from inter2former.runtime.cache import ByteCache
+from inter2former.segmenter import KnownImage, Segmenter
 
 FILES_BYTES = 128 * 2**20  # image files kept by the digest of their base64 text: some twenty photos of 12 megapixels
 
@@ -40,14 +39,6 @@ class Reply:
     error: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageFile:
-    """A file that was decoded once, so that its content key and size are known."""
-
-    data: bytes = dataclasses.field(repr=False)
-    info: ImageInfo
-
-
 class Interactor:
     """Answers CVAT's clicks with one segmenter. Thread-safe; holds at most `files_bytes` of image files."""
 
@@ -57,10 +48,7 @@ class Interactor:
         self.segmenter = segmenter
         self.form = form
         self.metrics = Metrics("cvat", segmenter)
-        self._files: cachetools.LRUCache[str, ImageFile] = cachetools.LRUCache(
-            files_bytes, getsizeof=lambda file: len(file.data)
-        )
-        self._lock = threading.Lock()
+        self._files = ByteCache(files_bytes)
 
     def answer(self, body: object, *, accepts_gzip: bool = False, request_id: str | None = None) -> Reply:
         """The answer to an event's body (mapping, bytes or str). Never raises; a broken request is a 4xx.
@@ -89,14 +77,14 @@ class Interactor:
     def _click(self, body: object, accepts_gzip: bool) -> Reply:
         began = time.perf_counter()
         request = contract.parse(body)
-        file = self._file(request)
-        key, height, width = file.info
+        image = self._image(request)
+        key, height, width = image.info
         clicks, box = contract.prompts(request, height, width)
         if request.n_boxes > 1:
             log.warning("%d boxes were drawn; the first one is used", request.n_boxes)
         seconds = {"read": time.perf_counter() - began}
         if contract.wants_mask(clicks, box):
-            result = self.segmenter.segment(file.data, clicks, box=box)
+            result = self.segmenter.segment(image, clicks, box=box)
             mask = result.mask
             seconds |= result.timing
         else:
@@ -112,24 +100,27 @@ class Interactor:
         stages = {stage: f"{1000 * spent:.1f}" for stage, spent in seconds.items() if spent > 0}
         headers["Server-Timing"] = ", ".join(f"{stage};dur={spent}" for stage, spent in stages.items())
         log.info(
-            "image %s, %d x %d: %d positive, %d negative%s, mask of %d pixels, %d bytes; ms: %s",
+            "image %s, %d x %d: %d positive, %d negative%s, %s of %d bytes; ms: %s",
             key, width, height, len(request.positive), len(request.negative), ", box" if box else "",
-            int(np.count_nonzero(mask)), len(answer), " ".join(f"{stage} {spent}" for stage, spent in stages.items()),
+            self.form, len(answer), " ".join(f"{stage} {spent}" for stage, spent in stages.items()),
         )  # fmt: skip
         return Reply(200, answer, headers)
 
-    def _file(self, request: contract.Request) -> ImageFile:
-        """The image file by the digest of its text: a known one is neither decoded from base64 nor from JPEG."""
-        digest = request.image_digest
-        with self._lock:
-            file = self._files.get(digest)
-        if file is None:
+    def _image(self, request: contract.Request) -> KnownImage:
+        """The image by the digest of its text: a known one is decoded neither from base64 nor from JPEG.
+
+        The file's bytes are kept; whoever comes first has the pixels too, for the encoder.
+        """
+        fresh: KnownImage | None = None
+
+        def read() -> KnownImage:
+            nonlocal fresh
             data = contract.image_bytes(request)
-            file = ImageFile(data, self.segmenter.identify(data))
-            with self._lock:
-                if len(data) <= self._files.maxsize:
-                    self._files[digest] = file
-        return file
+            fresh = self.segmenter.known(data)
+            return dataclasses.replace(fresh, image=data)
+
+        kept = self._files.get_or_make(request.image_digest, read)
+        return fresh or kept
 
 
 def failed(error: Exception) -> Reply:

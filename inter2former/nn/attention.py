@@ -66,7 +66,7 @@ class HybridAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         a = config.attention_dim
-        self.bits = config.code_bits
+        self.bits, self.span = config.code_bits, config.position_span
         self.qkv = nn.Linear(config.embed_dim, 3 * a)
         self.proj = nn.Linear(a, config.embed_dim)
         self.codebook = nn.Parameter(torch.randn(2 * config.code_bits, a))  # "1" vectors, then "0" vectors
@@ -89,7 +89,7 @@ class HybridAttention(nn.Module):
 
     def full(self, q: Tensor, k: Tensor, v: Tensor, size_hw: tuple[int, int], queries: Tensor) -> Tensor:
         """Attention with rotary positions: q [E, a] at the True places of queries [N]; k, v [N, a]."""
-        cos, sin = rope_tables(*size_hw, k.shape[-1], k.device)
+        cos, sin = rope_tables(*size_hw, k.shape[-1], k.device, self.span)
         q = rotate(q, cos[queries], sin[queries])
         k = rotate(k, cos, sin)
         return F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None], scale=self.scale)[0, 0]
@@ -136,7 +136,7 @@ class HybridAttention(nn.Module):
         bits = (u + (sign - u).detach() + 1) / 2
         keys = torch.cat([bits, 1 - bits], dim=-1).to(k.dtype) @ self.codebook.to(k.dtype)  # [B, N, a]
         commitment = 0.25 * F.mse_loss(u, sign / self.bits**0.5)
-        cos, sin = rope_tables(*size_hw, k.shape[-1], k.device)
+        cos, sin = rope_tables(*size_hw, k.shape[-1], k.device, self.span)
         full = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, scale=self.scale)
         bsq = F.scaled_dot_product_attention(q, keys, v, scale=self.scale)
         return self.proj(torch.where(edge.unsqueeze(-1), full, bsq)), commitment

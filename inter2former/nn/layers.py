@@ -10,16 +10,19 @@ from torch.nn import functional as F
 
 
 @functools.lru_cache(maxsize=32)
-def rope_tables(height: int, width: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def rope_tables(height: int, width: int, dim: int, device: torch.device, span: int = 0) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the two-dimensional rotary embedding, float32 [height * width, dim / 2] each.
 
     One angle a channel pair: the first half of the pairs turns with the row, the second with the column; a step is
-    half a position and the frequencies are 10000 ** (-2i / (dim / 2)), as in the released implementation.
+    half a position and the frequencies are 10000 ** (-2i / (dim / 2)), as in the released implementation. With a
+    `span`, positions are stretched so that the longer side always counts that many: the same object then has the same
+    positions at every input size.
     """
+    step = 0.5 * (span / max(height, width) if span else 1.0)
     with torch.inference_mode(False), torch.no_grad():  # the tables are shared with training
         frequencies = 10000.0 ** (-2.0 * torch.arange(dim // 4, dtype=torch.float32, device=device) / (dim // 2))
-        rows = (0.5 * torch.arange(height, dtype=torch.float32, device=device))[:, None] * frequencies
-        columns = (0.5 * torch.arange(width, dtype=torch.float32, device=device))[:, None] * frequencies
+        rows = (step * torch.arange(height, dtype=torch.float32, device=device))[:, None] * frequencies
+        columns = (step * torch.arange(width, dtype=torch.float32, device=device))[:, None] * frequencies
         grid = torch.cat(
             [rows[:, None, :].expand(-1, width, -1), columns[None, :, :].expand(height, -1, -1)], dim=-1
         )  # [height, width, dim / 2]

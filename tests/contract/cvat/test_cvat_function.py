@@ -380,9 +380,9 @@ def test_memory_of_image_files_is_bounded():
     interactor = Interactor(new_segmenter(), files_bytes=3000)
     for size in range(20, 30):
         assert interactor.answer(body(picture(size=(size, size)))).status == 200
-        assert interactor._files.currsize <= 3000
+        assert interactor._files.info().nbytes <= 3000
     assert interactor.answer(body(CAT, pos=[(5, 5)])).status == 200  # larger than the budget: served, not kept
-    assert interactor._files.currsize <= 3000
+    assert interactor._files.info().nbytes <= 3000
 
 
 # -- nuclio ----------------------------------------------------------------------------------------------------------
