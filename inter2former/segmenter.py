@@ -272,9 +272,21 @@ class Segmenter:
         pixels = _Pixels(self, image, _Clock())
         return KnownImage(pixels.info, image if pixels.decoded is None else pixels.decoded)
 
+    def is_encoded(self, image: bytes, *, model_size: ModelSize | None = None) -> bool:
+        """Whether a click on these encoded bytes would find the image's encoding ready. Looks, and decodes nothing.
+
+        raises  PromptError for an impossible model_size
+        """
+        info = self._cache.get(("bytes", hashlib.sha256(image).digest()))
+        if info is None:
+            return False
+        return self._cache.get(("encoding", info.key, self._frame(info, model_size).size)) is not None
+
     # -- work --------------------------------------------------------------------------------------------------------
 
-    def prefetch(self, image: bytes | npt.NDArray[np.uint8] | KnownImage, *, model_size: ModelSize | None = None) -> str:
+    def prefetch(
+        self, image: bytes | npt.NDArray[np.uint8] | KnownImage, *, model_size: ModelSize | None = None
+    ) -> str:
         """Encode an image before its first click; returns its key.
 
         raises  ImageError, NumericError, PromptError for an impossible model_size

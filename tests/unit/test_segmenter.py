@@ -194,6 +194,27 @@ def test_known_bytes_are_not_decoded_again(
     assert segmenter.segment(image_png, CLICKS[:2]).mask.any()
 
 
+def test_a_known_image_is_neither_hashed_nor_decoded_again(
+    segmenter: Segmenter, image_png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = segmenter.known(image_png)
+    assert isinstance(first.image, np.ndarray)  # decoded for its name; the encoder takes these pixels
+    kept = dataclasses.replace(first, image=image_png)
+    assert (first.nbytes, kept.nbytes) == (first.image.nbytes, len(image_png))
+    masks = [segmenter.segment(given, CLICKS).mask for given in (first, kept, image_png)]
+    assert all(np.array_equal(mask, masks[0]) for mask in masks)
+    assert segmenter.encodes == 1
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("looked at again")
+
+    monkeypatch.setattr("inter2former.segmenter.as_rgb", never)
+    monkeypatch.setattr("inter2former.segmenter.image_key", never)
+    assert segmenter.known(image_png).image is image_png
+    monkeypatch.setattr("inter2former.segmenter.hashlib.sha256", never)
+    assert segmenter.segment(kept, CLICKS[:2]).image_key == segmenter.prefetch(first)
+
+
 def test_prefetch_encodes(segmenter: Segmenter, image: Image) -> None:
     assert segmenter.prefetch(image) == image_key(image)
     assert segmenter.encodes == 1
@@ -535,3 +556,14 @@ def test_impossible_threads_are_named(tiny_checkpoint: Path, threads: Any) -> No
 def test_png_of_a_tiny_image(segmenter: Segmenter) -> None:
     result = segmenter.segment(encode_png(np.full((1, 1, 3), 77, np.uint8)), [Click(0.5, 0.5)])
     assert result.mask.tolist() == [[True]]
+
+
+def test_is_encoded_looks_and_decodes_nothing(segmenter: Segmenter, image_png: bytes) -> None:
+    assert not segmenter.is_encoded(image_png)
+    assert not segmenter.is_encoded(b"not an image")
+    segmenter.prefetch(image_png)
+    assert segmenter.is_encoded(image_png)
+    assert not segmenter.is_encoded(image_png, model_size=512)
+    segmenter.clear_cache()
+    assert not segmenter.is_encoded(image_png)
+    assert segmenter.encodes == 1

@@ -112,6 +112,32 @@ def test_c14_a_body_of_any_kind_is_the_same_request(wrap):
     assert contract.parse(wrap({**body, "threshold": 0.4, "roi": None, "job": 5})) == contract.parse(body)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"image": "QUJD", "pos_points": [[1, 2]]}',
+        '{"pos_points": [[1, 2]],"image"\n:\t"QUJD"}',
+        '{"image": "QU\\u004aD", "pos_points": [[1, 2]]}',
+        '{"image": "data:image\\/png;base64,QUJD", "pos_points": [[1, 2]]}',
+        '{"image": "AAAA", "image": "QUJD", "pos_points": [[1, 2]]}',
+        '{"old": {"image": "AAAA"}, "image": "QUJD", "pos_points": [[1, 2]]}',
+        '{"a\\"image": "AAAA", "image": "QUJD", "pos_points": [[1, 2]]}',
+        '{"note": "\\"image\\": \\"AAAA", "image": "QUJD", "pos_points": [[1, 2]]}',
+    ],
+)  # fmt: skip
+def test_c14_the_image_is_found_in_every_spelling_of_json(text):
+    expected = contract.parse({"image": "QUJD", "pos_points": [[1, 2]]})
+    found = contract.parse(text.encode())
+    assert found == contract.parse(text) == contract.parse(json.loads(text))
+    assert (found.image_base64, found.image_digest) == (expected.image_base64, expected.image_digest)
+
+
+@pytest.mark.parametrize("text", ['{"image": "QUJD', '{"image": "QUJD"', '["image", "QUJD"]', '{"image": "QUJD"]'])
+def test_r26_a_broken_body_with_an_image_is_refused(text):
+    with pytest.raises(RequestError):
+        contract.parse(text.encode())
+
+
 @pytest.mark.parametrize("box", [{}, {"obj_bbox": None}, {"obj_bbox": []}], ids=["missing", "null", "empty"])
 def test_c1_no_box_in_any_spelling_is_the_same_request(box):
     assert request(pos_points=[[1, 2]], **box) == request(pos_points=[[1, 2]])
