@@ -40,6 +40,8 @@ from backends.common.http import FetchError, FetchTimeoutError, UrlError
 from backends.common.settings import EVERY_HOST
 
 MAX_REDIRECTS = 3
+ATTEMPTS = 4  # of a GET whose place says that it is busy (429, 503): storages limit how often they are asked
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.25, 5.0  # doubled each time; the place's own Retry-After wins
 MAX_URL_CHARS = 8192
 _CHUNK_BYTES = 1 << 16
 _DEFAULT_PORT = {"http": 80, "https": 443}
@@ -127,11 +129,12 @@ class Platform:
 
 
 class Refused(FetchError):
-    """The place answered with an HTTP status that is not 200."""
+    """The place answered with an HTTP status that is not 200; after how many seconds to try again, if it said so."""
 
-    def __init__(self, message: str, status: int) -> None:
+    def __init__(self, message: str, status: int, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after_s = retry_after_s
 
 
 @functools.cache
@@ -172,14 +175,29 @@ class Fetcher:
         self._resolvers.shutdown(wait=False, cancel_futures=True)
 
     def get(self, url: str, *, platform: Platform | None = None, credentials: Mapping[str, str] | None = None) -> bytes:
-        """The body behind a URL. Raises UrlError, FetchError (Refused with the status), FetchTimeoutError."""
-        return self._follow("GET", url, platform, credentials or {}, b"", {})
+        """The body behind a URL. Raises UrlError, FetchError (Refused with the status), FetchTimeoutError.
+
+        A place that is busy (429, 503) is asked again, as long as the time limit allows.
+        """
+        deadline = time.monotonic() + self.timeout_s
+        pause = FIRST_PAUSE_S
+        for _ in range(ATTEMPTS - 1):
+            try:
+                return self._follow("GET", url, platform, credentials or {}, b"", {}, deadline)
+            except Refused as error:
+                wait = pause if error.retry_after_s is None else min(error.retry_after_s, MAX_PAUSE_S)
+                if error.status not in (429, 503) or time.monotonic() + wait >= deadline:
+                    raise
+            time.sleep(wait)
+            pause *= 2
+        return self._follow("GET", url, platform, credentials or {}, b"", {}, deadline)
 
     def post_json(self, url: str, body: bytes, *, platform: Platform) -> bytes:
         """POST to the platform's own origin; redirects are not followed."""
         if Origin.of(url) != platform.origin:
             raise UrlError(f"{shown(url)} is not on the platform's own address.")
-        return self._follow("POST", url, platform, {}, body, {"Content-Type": "application/json"})
+        deadline = time.monotonic() + self.timeout_s
+        return self._follow("POST", url, platform, {}, body, {"Content-Type": "application/json"}, deadline)
 
     def _follow(
         self,
@@ -189,8 +207,8 @@ class Fetcher:
         credentials: Mapping[str, str],
         body: bytes,
         headers: Mapping[str, str],
+        deadline: float,
     ) -> bytes:
-        deadline = time.monotonic() + self.timeout_s
         at_home = True
         for _ in range(MAX_REDIRECTS + 1):
             origin = Origin.of(url)
@@ -258,7 +276,9 @@ class Fetcher:
         if response.status in _REDIRECTS and "location" in header:
             return _Redirect(header["location"])
         if response.status != 200:
-            raise Refused(f"{place} answered HTTP {response.status}.", response.status)
+            after = header.get("retry-after", "")
+            retry_after = float(after) if after.isdecimal() and len(after) < 6 else None
+            raise Refused(f"{place} answered HTTP {response.status}.", response.status, retry_after)
         if header.get("content-encoding", "identity").lower() != "identity":
             raise FetchError(f"{place} sent a compressed answer that was not asked for.")
         if header.get("content-type", "").lower().startswith("text/html"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from importlib import metadata
+from typing import Literal
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -21,9 +22,9 @@ BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 
 
 class Metrics:
-    """The numbers of one door ("label_studio", "cvat") and of its segmenter."""
+    """The numbers of one door ("label_studio", "cvat") and, unless others compute for it, of its segmenter."""
 
-    def __init__(self, door: str, segmenter: Segmenter) -> None:
+    def __init__(self, door: str, segmenter: Segmenter | None = None) -> None:
         self._registry = CollectorRegistry()
         self._door = door
         self._requests = Counter(
@@ -37,14 +38,23 @@ class Metrics:
         self._errors = Counter(
             "inter2former_errors_total", "Errors by code.", ["door", "code"], registry=self._registry
         )
+        self._work = Counter(
+            "inter2former_annotation", "Objects begun, prompts answered, prompts taken back.", ["door", "what"],
+            registry=self._registry,
+        )  # fmt: skip
         self.queue = Gauge("inter2former_queue", "Clicks waiting or at work.", registry=self._registry)
-        self._registry.register(_SegmenterCollector(segmenter))
+        if segmenter is not None:
+            self._registry.register(_SegmenterCollector(segmenter))
 
     def request(self, endpoint: str, status: int) -> None:
         self._requests.labels(self._door, endpoint, str(status)).inc()
 
     def error(self, code: str) -> None:
         self._errors.labels(self._door, code).inc()
+
+    def annotation(self, what: Literal["objects", "prompts", "undone"], count: int = 1) -> None:
+        """Prompts by objects is how many clicks an object takes; undone by prompts, how often a click was wrong."""
+        self._work.labels(self._door, what).inc(count)
 
     def stages(self, seconds: Mapping[str, float]) -> None:
         for stage, spent in seconds.items():

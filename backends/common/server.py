@@ -6,6 +6,7 @@ started would not survive the fork.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
@@ -51,13 +52,28 @@ def warm_segmenter(settings: Settings) -> Segmenter:
     return segmenter
 
 
+@dataclasses.dataclass(eq=False)
+class Ticket:
+    """A place in the line. The lowest urgency goes first, and it may be changed while waiting."""
+
+    urgency: int = 0
+    _called: threading.Event = dataclasses.field(default_factory=threading.Event, repr=False)
+
+
 class Admission:
     """At most `running` pieces of work at once and `waiting` more in line, each for at most `wait_s` seconds (R10)."""
 
     def __init__(self, running: int, waiting: int, wait_s: float) -> None:
         self._places = threading.BoundedSemaphore(running + waiting)
-        self._turns = threading.BoundedSemaphore(running)
         self._wait_s = wait_s
+        self._lock = threading.Lock()
+        self._free = running
+        self._line: list[Ticket] = []
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for their turn."""
+        return len(self._line)
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -70,14 +86,38 @@ class Admission:
             self._places.release()
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """The right to compute. BusyError when no turn came in time."""
-        if not self._turns.acquire(timeout=self._wait_s):
-            raise BusyError(f"No turn came within {self._wait_s:g} seconds.", "Try again in a moment.")
+    def turn(self, ticket: Ticket | None = None, *, wait_s: float | None = None) -> Iterator[None]:
+        """The right to compute: by urgency, then by arrival. BusyError when no turn came in time (`wait_s`: another
+        time than usual).
+        """
+        ticket = ticket or Ticket()
+        wait_s = self._wait_s if wait_s is None else wait_s
+        with self._lock:
+            at_once = self._free > 0
+            if at_once:
+                self._free -= 1
+            else:
+                self._line.append(ticket)
+        if not at_once and not ticket._called.wait(wait_s):
+            with self._lock:
+                gave_up = ticket in self._line  # else it was called in this very moment
+                if gave_up:
+                    self._line.remove(ticket)
+            if gave_up:
+                raise BusyError(f"No turn came within {wait_s:g} seconds.", "Try again in a moment.")
         try:
             yield
         finally:
-            self._turns.release()
+            self._next()
+
+    def _next(self) -> None:
+        with self._lock:
+            if not self._line:
+                self._free += 1
+                return
+            ticket = min(self._line, key=lambda waiting: waiting.urgency)  # of equals, the first in line
+            self._line.remove(ticket)
+            ticket._called.set()
 
 
 class _Logger(glogging.Logger):  # type: ignore[misc]  # gunicorn has no types

@@ -81,6 +81,17 @@ class Settings(BaseSettings):
         validation_alias=_known_as("LABEL_STUDIO_API_KEY", "LABEL_STUDIO_API_KEY"),
         description="a personal access token or a legacy token, without blanks",
     )
+    correct_within: float = Field(
+        default=0.0,
+        ge=0,
+        le=50,
+        description="percent of the image's longer side, 0 to 50; 0: a click always starts a new object",
+    )
+    polygon_tolerance: float = Field(default=1.5, ge=0, le=100, description="pixels, 0 to 100")
+    batch: Literal["off", "prompts"] = Field(default="off", description="off or prompts")
+    ahead_tasks: int = Field(default=2, ge=0, le=100, description="tasks, 0 to 100")
+    memory_file: Path | None = Field(default=None, description="a file in an existing folder that can be written to")
+
     cvat_url: str | None = Field(
         default=None,
         validation_alias=_known_as("CVAT_URL", "CVAT_URL"),
@@ -96,6 +107,13 @@ class Settings(BaseSettings):
     @classmethod
     def _is_file(cls, value: Path | None) -> Path | None:
         if value is not None and not (value.is_file() and os.access(value, os.R_OK)):
+            raise ValueError
+        return value
+
+    @field_validator("memory_file")
+    @classmethod
+    def _can_be_written(cls, value: Path | None) -> Path | None:
+        if value is not None and (value.is_dir() or not os.access(value if value.exists() else value.parent, os.W_OK)):
             raise ValueError
         return value
 

@@ -17,6 +17,7 @@ import pytest
 
 from backends.common.http import FetchError, FetchTimeoutError, UrlError
 from backends.common.images import (
+    ATTEMPTS,
     Fetcher,
     Origin,
     Platform,
@@ -498,3 +499,26 @@ def test_data_urls() -> None:
 def test_data_urls_of_another_form(url: str) -> None:
     with pytest.raises(UrlError):
         decode_data_url(url, max_bytes=1000)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_r20_a_busy_place_is_asked_again(server: Server, status: int) -> None:
+    def busy_once(handler: BaseHTTPRequestHandler) -> None:
+        (reply(status, b"", **{"Retry-After": "0"}) if len(server.seen) < 3 else ok(b"image"))(handler)
+
+    server.answer = busy_once
+    with fetcher(**LOCAL) as fetch:
+        assert fetch.get(f"{server.url}/a.png") == b"image"
+    assert len(server.seen) == 3
+
+
+def test_r20_a_place_that_stays_busy_is_given_up(server: Server) -> None:
+    server.answer = reply(503, b"", **{"Retry-After": "0"})
+    with fetcher(**LOCAL) as fetch, pytest.raises(Refused):
+        fetch.get(f"{server.url}/a.png")
+    assert len(server.seen) == ATTEMPTS
+    server.seen.clear()
+    server.answer = reply(429, b"", **{"Retry-After": "60"})  # longer than the time limit
+    with fetcher(timeout_s=1.0, **LOCAL) as fetch, pytest.raises(Refused):
+        fetch.get(f"{server.url}/a.png")
+    assert len(server.seen) == 1
