@@ -3,6 +3,9 @@
     CVAT_SERVERLESS=1, CVAT_NUCLIO_HOST=<this host> on CVAT's server, and
     python -m backends.cvat_nuclio.gateway --host 0.0.0.0 --port 8070 [--upstream http://nuclio:8070]
 
+With --replica ADDRESS, given once for each, other servers compute (python -m backends.cvat_nuclio) and the gateway
+sends each image to the same one; it then loads no weights itself.
+
 CVAT uses three routes of the dashboard; these are answered here for our function and passed on to the upstream
 dashboard, where there is one, for all others. CVAT shows its users nothing of an error but the status line, so the
 sentence that explains goes into the reason phrase. CVAT does not log in: bind to an inner network.
@@ -23,12 +26,13 @@ from backends.common.http import BusyError
 from backends.common.server import Admission, serve
 from backends.common.settings import Settings
 from backends.cvat_nuclio.main import shared_interactor
+from backends.cvat_nuclio.replicas import Replicas
 from backends.cvat_nuclio.serve import arguments, limit_body, to_flask
 from backends.cvat_nuclio.service import Interactor, Reply, failed, refused
 
 FUNCTION_FILE = pathlib.Path(__file__).with_name("function.yaml")
 UPSTREAM_TIMEOUT_S = 110.0  # CVAT itself gives up after 120
-NOT_PASSED_ON = {"host", "connection", "content-length", "content-encoding", "transfer-encoding", "keep-alive"}
+NOT_PASSED_ON = {"host", "connection", "content-length", "transfer-encoding", "keep-alive"}
 
 log = logging.getLogger(__name__)
 
@@ -69,21 +73,29 @@ class Upstream:
         """The current request, answered by the upstream dashboard."""
         request = flask.request
         try:
-            answer = self._client.request(
+            with self._client.stream(
                 request.method, request.full_path.rstrip("?"), content=request.get_data(), headers=_passed_on()
-            )
+            ) as answer:
+                body = b"".join(answer.iter_raw())  # as it is, gzipped or not
         except httpx.TimeoutException:
             return to_flask(refused(504, "upstream", "The upstream nuclio dashboard did not answer in time."))
         except httpx.HTTPError:
             return to_flask(refused(503, "upstream", "The upstream nuclio dashboard cannot be reached."))
         headers = {key: value for key, value in answer.headers.items() if key.lower() not in NOT_PASSED_ON}
-        return flask.Response(answer.content, f"{answer.status_code} {answer.reason_phrase}", headers)
+        return flask.Response(body, f"{answer.status_code} {answer.reason_phrase}", headers)
 
 
 def create_app(
-    interactor: Interactor, *, port: int = 8070, upstream: Upstream | None = None, admission: Admission | None = None
+    interactor: Interactor | Replicas,
+    *,
+    port: int = 8070,
+    upstream: Upstream | None = None,
+    admission: Admission | None = None,
 ) -> flask.Flask:
-    """A WSGI application with the dashboard's routes, and `POST /` for CVAT's invoke method "direct"."""
+    """A WSGI application with the dashboard's routes, and `POST /` for CVAT's invoke method "direct".
+
+    interactor   who answers the clicks: this process, or others
+    """
     app = flask.Flask(__name__)
     limit_body(app)
     admission = admission or Admission(running=2, waiting=16, wait_s=10.0)
@@ -139,18 +151,29 @@ def _unknown(name: str) -> Reply:
 
 
 def _passed_on() -> dict[str, str]:
-    return {key: value for key, value in flask.request.headers.items() if key.lower() not in NOT_PASSED_ON}
+    headers = {key: value for key, value in flask.request.headers.items() if key.lower() not in NOT_PASSED_ON}
+    headers.setdefault("Accept-Encoding", "identity")  # else the client would ask for gzip on its own account
+    return headers
 
 
 def main() -> int:
     parser = arguments("A gateway that plays the nuclio dashboard for a CVAT server.", 8070)
     parser.add_argument("--upstream", help="address of a real nuclio dashboard for all other functions")
+    parser.add_argument(
+        "--replica", action="append", default=[], metavar="ADDRESS", help="a server that computes; may be repeated"
+    )
     options = parser.parse_args()
 
     def create(_: Settings) -> flask.Flask:
         upstream = Upstream(options.upstream) if options.upstream else None
-        admission = Admission(running=options.workers, waiting=16, wait_s=10.0)
-        return create_app(shared_interactor(), port=options.port, upstream=upstream, admission=admission)
+        # Replicas have lines of their own; here only some threads are kept free for health and the list of functions.
+        running, waiting = (24, 0) if options.replica else (options.workers, 16)
+        return create_app(
+            Replicas(options.replica) if options.replica else shared_interactor(),
+            port=options.port,
+            upstream=upstream,
+            admission=Admission(running, waiting, wait_s=10.0),
+        )
 
     return serve(create, options.host, options.port)
 

@@ -12,7 +12,7 @@ from typing import Any
 from backends.common.log import configure
 from backends.common.server import warm_segmenter
 from backends.common.settings import Settings, load_settings
-from backends.cvat_nuclio.contract import ResponseForm
+from backends.cvat_nuclio.server_version import ReadsShapes
 from backends.cvat_nuclio.service import Interactor, refused
 
 log = logging.getLogger(__name__)
@@ -44,9 +44,14 @@ def create_interactor(settings: Settings) -> Interactor:
 
     raises  CheckpointError, ConfigError, NumericError
     """
-    # auto cannot know the page: the request does not tell its version, and "mask" is what every page reads.
-    form: ResponseForm = "shapes" if settings.cvat_response == "shapes" else "mask"
-    return Interactor(warm_segmenter(settings), form=form)
+    segmenter = warm_segmenter(settings)
+    if settings.cvat_url is None:  # "auto" then is "mask", which every page reads
+        return Interactor(segmenter, form=settings.cvat_response)
+    token = settings.cvat_access_token
+    reads_shapes = ReadsShapes(settings.cvat_url, token.get_secret_value() if token else None)
+    if settings.cvat_response == "auto":
+        reads_shapes.ask()
+    return Interactor(segmenter, form=settings.cvat_response, reads_shapes=reads_shapes)
 
 
 def init_context(context: Any) -> None:

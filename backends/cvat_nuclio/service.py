@@ -11,7 +11,8 @@ import gzip
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import numpy as np
 
@@ -40,13 +41,23 @@ class Reply:
 
 
 class Interactor:
-    """Answers CVAT's clicks with one segmenter. Thread-safe; holds at most `files_bytes` of image files."""
+    """Answers CVAT's clicks with one segmenter. Thread-safe; holds at most `files_bytes` of image files.
+
+    form          of answers; "auto": shapes for a server that reads them, except to a page that spells like an old one
+    reads_shapes  says of the server, at each click, whether it does
+    """
 
     def __init__(
-        self, segmenter: Segmenter, *, form: contract.ResponseForm = "mask", files_bytes: int = FILES_BYTES
+        self,
+        segmenter: Segmenter,
+        *,
+        form: contract.ResponseForm | Literal["auto"] = "mask",
+        reads_shapes: Callable[[], bool] = lambda: False,
+        files_bytes: int = FILES_BYTES,
     ) -> None:
         self.segmenter = segmenter
         self.form = form
+        self._reads_shapes = reads_shapes
         self.metrics = Metrics("cvat", segmenter)
         self._files = ByteCache(files_bytes)
 
@@ -90,7 +101,8 @@ class Interactor:
         else:
             mask = np.zeros((height, width), np.bool_)
         found = time.perf_counter()
-        answer = contract.answer(mask, self.form)
+        form = self._form_for(request)
+        answer = contract.answer(mask, form)
         headers = {"X-Image-Key": key}
         if accepts_gzip and len(answer) > contract.GZIP_ABOVE_BYTES:
             answer = gzip.compress(answer, 1, mtime=0)
@@ -102,9 +114,14 @@ class Interactor:
         log.info(
             "image %s, %d x %d: %d positive, %d negative%s, %s of %d bytes; ms: %s",
             key, width, height, len(request.positive), len(request.negative), ", box" if box else "",
-            self.form, len(answer), " ".join(f"{stage} {spent}" for stage, spent in stages.items()),
+            form, len(answer), " ".join(f"{stage} {spent}" for stage, spent in stages.items()),
         )  # fmt: skip
         return Reply(200, answer, headers)
+
+    def _form_for(self, request: contract.Request) -> contract.ResponseForm:
+        if self.form != "auto":
+            return self.form
+        return "shapes" if not request.null_box and self._reads_shapes() else "mask"
 
     def _image(self, request: contract.Request) -> KnownImage:
         """The image by the digest of its text: a known one is decoded neither from base64 nor from JPEG.

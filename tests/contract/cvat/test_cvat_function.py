@@ -499,12 +499,23 @@ def test_r43_metrics_are_a_page_for_prometheus():
         assert line in output["body"]
 
 
-@pytest.mark.parametrize(("setting", "form"), [("auto", "mask"), ("shapes", "shapes")])
+@pytest.mark.parametrize(("setting", "form"), [("auto", "mask"), ("mask", "mask"), ("shapes", "shapes")])
 def test_c13_auto_is_mask_because_no_request_tells_the_version_of_the_page(tmp_path, setting, form):
     torch.manual_seed(0)
     path = tmp_path / "tiny.safetensors"
     save_checkpoint(path, Inter2Former(tiny()))
-    assert main.create_interactor(Settings(checkpoint=path, cvat_response=setting)).form == form
+    interactor = main.create_interactor(Settings(checkpoint=path, cvat_response=setting))
+    assert set(json.loads(interactor.answer(request("point")).body)) == {form}
+
+
+def test_c13_auto_is_shapes_for_a_server_that_reads_them_but_not_for_a_page_that_spells_like_an_old_one(segmenter):
+    for reads, name, form in (
+        (True, "point", "shapes"),
+        (True, "point_null_box", "mask"),
+        (False, "point", "mask"),
+    ):
+        interactor = Interactor(segmenter, form="auto", reads_shapes=lambda reads=reads: reads)
+        assert set(json.loads(interactor.answer(request(name)).body)) == {form}
 
 
 # -- R26: nothing makes a 5xx ------------------------------------------------------------------------------------------
