@@ -10,6 +10,7 @@ import typer
 from inter2former.config import PRESETS
 from train import loop
 from train import pretrain as pretraining
+from train.distill import command as distill
 from train.finetune import finetune
 
 app = typer.Typer(help="Train Inter2Former.", no_args_is_help=True, add_completion=False)
@@ -83,6 +84,7 @@ def teacher(
 
 
 app.command()(finetune)
+app.command("distill")(distill)
 
 
 if __name__ == "__main__":
