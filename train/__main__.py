@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -30,10 +31,11 @@ def pretrain(
     config: Annotated[str, typer.Option(help=f"Model: {', '.join(PRESETS)}.")] = "small",
     start: Annotated[Path | None, typer.Option(help="Begin from this checkpoint instead of random weights.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, samples and clicks.")] = 0,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch, of each process.")] = None,
+    processes: Annotated[int, typer.Option(help="That train one model together: one a core beats threads.")] = 1,
     max_steps: Annotated[int | None, typer.Option(help="Steps instead of minutes: repeats exactly on a CPU.")] = None,
     stage: Annotated[str, typer.Option(help="auto: dense targets, then clicks; or one: dense, clicks.")] = "auto",
-    batch: Annotated[int, typer.Option(help="Crops a step.")] = loop.TrainConfig.batch,
+    batch: Annotated[int, typer.Option(help="Crops a step, of each process.")] = loop.TrainConfig.batch,
     size: Annotated[list[int] | None, typer.Option(help="Side of crops, multiple of 16; may be repeated.")] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = loop.TrainConfig.lr,
     workers: Annotated[int, typer.Option(help="Data processes.")] = loop.TrainConfig.workers,
@@ -55,11 +57,12 @@ def pretrain(
         seed=seed, minutes=minutes, max_steps=max_steps, dense_share=shares[stage], batch=batch, lr=lr,
         sizes=tuple(size or loop.TrainConfig.sizes), freeze_norms=start is not None, workers=workers, amp=amp,
     )  # fmt: skip
+    work = functools.partial(
+        pretraining.pretrain, data, out, settings, preset=config, start=start, resume=resume, device=device,
+        teacher_maps=teacher, limit=limit, probe_objects=probe_objects, probe_size=probe_size,
+    )  # fmt: skip
     try:
-        path = pretraining.pretrain(
-            data, out, settings, preset=config, start=start, resume=resume, device=device, teacher_maps=teacher,
-            limit=limit, probe_objects=probe_objects, probe_size=probe_size,
-        )  # fmt: skip
+        path = pretraining.in_processes(processes, threads or 1, work) if processes > 1 else work()
     except (OSError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

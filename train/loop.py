@@ -106,16 +106,18 @@ def normalise(image: Tensor, valid: Tensor) -> Tensor:
 
 
 class Peers:
-    """The processes of one run (torchrun): each draws its own crops, gradients are averaged. One process without it.
+    """The processes of one run, a torch.distributed group: each draws its own crops, gradients are averaged.
 
     On a CPU a process a core beats threads: a step is thousands of small operations, and threads wait at each.
+    Who starts the processes makes the group: pretrain.in_processes, or torchrun, which says so in the environment.
     """
 
     def __init__(self) -> None:
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = int(os.environ.get("RANK", "0"))
-        if self.world > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        distributed = torch.distributed
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+            distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        alone = not distributed.is_initialized()
+        self.world, self.rank = (1, 0) if alone else (distributed.get_world_size(), distributed.get_rank())
 
     @torch.no_grad()
     def average(self, tensors: list[Tensor]) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import cv2
 import numpy as np
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
 from inter2former import evaluation
 from inter2former.checkpoints import load_checkpoint, save_checkpoint
@@ -115,7 +118,7 @@ def pretrain(
 
     probes: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-    with Progress(*columns, TimeRemainingColumn(), refresh_per_second=0.5) as bars:
+    with Progress(*columns, TimeRemainingColumn(), refresh_per_second=0.5, disable=trainer.peers.rank > 0) as bars:
         bar = bars.add_task("starting", total=1.0)
 
         def report(row: dict[str, Any]) -> None:
@@ -128,8 +131,38 @@ def pretrain(
                 bars.update(bar, completed=min(1.0, row["progress"]), description=text)
 
         loop.run(trainer, pack, out, probe=probe, checkpoint=save, report=report)
-    plot(out / "log.jsonl", out / "curve.png")
+    if trainer.peers.rank == 0:
+        plot(out / "log.jsonl", out / "curve.png")
     return checkpoint
+
+
+def in_processes(n: int, threads: int, work: Callable[[], Path]) -> Path:
+    """Call `work` (picklable) in n processes of one machine that train one model together; returns what it returns.
+
+    They meet in a temporary file and talk over the loopback interface: no port has to be chosen, nobody outside can
+    join. When one fails, the others are ended; ValueError with the message of the first failure.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        meeting, answer = f"file://{folder}/store", Path(folder) / "answer"
+        try:
+            spawn(  # type: ignore[no-untyped-call]
+                _process, (n, threads, meeting, answer, work), nprocs=n
+            )
+        except ProcessRaisedException as error:
+            raise ValueError(str(error).strip().splitlines()[-1]) from error
+        return Path(answer.read_text())
+
+
+def _process(rank: int, n: int, threads: int, meeting: str, answer: Path, work: Callable[[], Path]) -> None:
+    quiet_threads(threads)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=n)
+    try:
+        path = work()
+        if rank == 0:
+            answer.write_text(str(path))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 _SHOWN = ("miou@1", "miou@3", "miou@5")
