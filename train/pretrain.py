@@ -145,9 +145,7 @@ def in_processes(n: int, threads: int, work: Callable[[], Path]) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         meeting, answer = f"file://{folder}/store", Path(folder) / "answer"
         try:
-            spawn(  # type: ignore[no-untyped-call]
-                _process, (n, threads, meeting, answer, work), nprocs=n
-            )
+            spawn(_process, (n, threads, meeting, answer, work), nprocs=n)
         except ProcessRaisedException as error:
             raise ValueError(str(error).strip().splitlines()[-1]) from error
         return Path(answer.read_text())
