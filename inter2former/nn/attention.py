@@ -6,6 +6,8 @@ a attention width (one head), L code bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import cv2
 import numpy as np
 import numpy.typing as npt
@@ -47,17 +49,29 @@ def edge_tokens(
 
 def edge_tokens_batch(reference: Tensor, inside: Tensor, rule: EdgeRule = "exact", patch: int = 16) -> Tensor:
     """The same for a batch on any device: reference uint8 [B, H, W], inside bool [B, h, w] -> bool [B, h, w]."""
-    labels = reference.unsqueeze(1).float()
-    here = inside.repeat_interleave(patch, 1).repeat_interleave(patch, 2).unsqueeze(1)
-    pad = EDGE_WINDOW // 2
-    high = F.max_pool2d(labels.masked_fill(~here, -1.0), EDGE_WINDOW, 1, pad)
+    here = inside.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+    high = _spread(reference.masked_fill(~here, 0), torch.maximum, 0)  # what lies outside never wins
     if rule == "exact":
-        low = -F.max_pool2d((-labels).masked_fill(~here, -9.0), EDGE_WINDOW, 1, pad)
-        marked = high != low
+        marked = high != _spread(reference.masked_fill(~here, 255), torch.minimum, 255)
     else:
         marked = high > 0
-    marked = (marked & here) | (labels == UNKNOWN)
-    return F.max_pool2d(marked.float(), patch).squeeze(1).bool()
+    marked = (marked & here) | (reference == UNKNOWN)
+    return marked.unflatten(2, (-1, patch)).any(3).unflatten(1, (-1, patch)).any(2)
+
+
+def _spread(labels: Tensor, extreme: Callable[[Tensor, Tensor], Tensor], outside: int) -> Tensor:
+    """Largest or smallest value of every 7 x 7 window, uint8 [B, H, W]: windows of 2, 4, then 7 along each axis.
+
+    PyTorch's max-pooling of one channel is scalar on CPUs and took a seventh of a training step.
+    """
+    for dim in (1, 2):
+        n = labels.shape[dim]
+        pad = (0, 0) * (2 - dim) + (EDGE_WINDOW // 2,) * 2
+        one = F.pad(labels, pad, value=outside)
+        two = extreme(one.narrow(dim, 0, n + 5), one.narrow(dim, 1, n + 5))
+        four = extreme(two.narrow(dim, 0, n + 3), two.narrow(dim, 2, n + 3))
+        labels = extreme(four.narrow(dim, 0, n), four.narrow(dim, 3, n))
+    return labels
 
 
 class HybridAttention(nn.Module):
