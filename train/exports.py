@@ -6,6 +6,8 @@ silently: each thing that cannot be used, or was judged, is a line of the report
 Label Studio (`read_label_studio`): the JSON export (not JSON_MIN), coordinates in percent of the upright image.
 A region that was accepted from a suggestion stands twice under one id, as a mask and under the tag of the click; the
 mask counts, once. Where several people annotated a task, the ground truth counts, else what was updated last.
+
+CVAT's formats are in cvat_exports.py.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import json
 import math
 import re
 import urllib.parse
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +42,8 @@ Floats = npt.NDArray[np.float64]
 SAME_IOU = 0.95  # two masks this close on one image are one object given twice
 AGREE_IOU = 0.75  # two people outline one object this closely or better when they mean the same thing
 MAX_POINTS = 20_000  # of a polygon; an outline with a point on every pixel of a large photo has fewer
+# What reading a file, perhaps out of a zip, may raise; a zip with a password is a RuntimeError.
+BROKEN_FILE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 
 # What the report counts. True: a defect of the export, at which a strict reading stops; False: worth knowing.
 KINDS = {
@@ -116,7 +122,7 @@ class ObjectMask:
 class Record:
     """One image with its objects. `key` is the digest of the upright pixels: equal pictures have equal keys."""
 
-    path: Path
+    path: Path | zipfile.Path
     key: str
     size_hw: tuple[int, int]
     masks: tuple[ObjectMask, ...]
@@ -178,7 +184,7 @@ _UPLOAD_HASH = re.compile(r"^[0-9a-f]{8}-")  # what the platform puts before the
 _BEYOND = 10.0  # percent; the page lets a shape hang over the border a little, more is not a percentage
 
 
-class _Broken(Exception):
+class BrokenMask(Exception):
     """A region that is not a mask; the text says why."""
 
 
@@ -192,17 +198,31 @@ def read_label_studio(export: str | Path, images: str | Path, *, strict: bool = 
     tasks, folder, report = _read_tasks(Path(export)), Path(images), Report()
     if not folder.is_dir():
         raise ExportError(f"{folder} is not a folder.", "Give the folder with the photos of the export.")
+
+    def found() -> Iterator[tuple[str, Record]]:
+        for number, task in enumerate(tasks, start=1):
+            where = f"task {short(task.get('id'))}" if isinstance(task, dict) else f"entry {number}"
+            for record in _read_task(task, where, folder, report):
+                yield where, record
+
+    return collect(found(), report, str(export), strict=strict), report
+
+
+def collect(found: Iterable[tuple[str, Record]], report: Report, export: str, *, strict: bool) -> list[Record]:
+    """One record a picture: equal pictures are joined, and what is amiss with all of them goes into the report.
+
+    found    (where, record) in the order of the export
+    raises   ExportError when nothing can be used, or (strict) for any defect
+    """
     read: dict[str, Record] = {}
-    for number, task in enumerate(tasks, start=1):
-        where = f"task {_short(task.get('id'))}" if isinstance(task, dict) else f"entry {number}"
-        for record in _read_task(task, where, folder, report):
-            first = read.get(record.key)
-            if first is None:
-                read[record.key] = record
-            else:
-                report.add("same image twice", where, f"{record.path.name} shows the same as {first.path.name}; joined")
-                joined = _without_duplicates([*first.masks, *record.masks], report)
-                read[record.key] = dataclasses.replace(first, masks=joined)
+    for where, record in found:
+        first = read.get(record.key)
+        if first is None:
+            read[record.key] = record
+        else:
+            report.add("same image twice", where, f"{record.path.name} shows the same as {first.path.name}; joined")
+            joined = without_duplicates([*first.masks, *record.masks], report)
+            read[record.key] = dataclasses.replace(first, masks=joined)
     records = list(read.values())
     for record in records:
         if not record.masks:
@@ -211,9 +231,9 @@ def read_label_studio(export: str | Path, images: str | Path, *, strict: bool = 
     if strict:
         report.raise_for_defects()
     if not any(record.masks for record in records):
-        found = ", ".join(f"{n} x {kind}" for kind, n in report.counts().items()) or "the list of tasks is empty"
-        raise ExportError(f"Nothing in {export} can be used: {found}.", *(map(str, report.findings[:1])))
-    return records, report
+        kinds = ", ".join(f"{n} x {kind}" for kind, n in report.counts().items()) or "it is empty"
+        raise ExportError(f"Nothing in {export} can be used: {kinds}.", *(map(str, report.findings[:1])))
+    return records
 
 
 def _read_tasks(path: Path) -> list[Any]:
@@ -244,7 +264,7 @@ def _read_task(task: Any, where: str, folder: Path, report: Report) -> Iterator[
         key=lambda a: (bool(a.get("ground_truth")), str(a.get("updated_at") or "")),
         reverse=True,
     ):
-        place = f"{where}, annotation {_short(annotation.get('id'))}"
+        place = f"{where}, annotation {short(annotation.get('id'))}"
         if annotation.get("was_cancelled"):
             report.add("cancelled annotation", place, f"{len(annotation['result'])} entries left out")
         else:
@@ -265,19 +285,19 @@ def _read_task(task: Any, where: str, folder: Path, report: Report) -> Iterator[
                 missing[_reference(task, region.entry)] += 1
                 continue
             if path not in images:
-                images[path] = _look(path, region.where, report)
+                images[path] = look(path, region.where, report)
             if (found := images[path]) is not None and (mask := _to_mask(region, found[1], report)) is not None:
                 masks.setdefault(path, [[] for _ in chosen])[nth].append(mask)
     if not images and not missing:  # no region tells the image
         if (path := _image_of(task, {}, folder)) is None:
             missing[_reference(task, {})] = 0
         else:
-            images[path] = _look(path, where, report)
+            images[path] = look(path, where, report)
     for name, n_regions in missing.items():
         report.add("missing image", where, f"{name} is not in the folder; {n_regions} regions left out")
     for path, found in images.items():
         if found is not None:
-            opinions = [_without_duplicates(opinion, report) for opinion in masks.get(path, [[]])]
+            opinions = [without_duplicates(opinion, report) for opinion in masks.get(path, [[]])]
             yield Record(path, *found, masks=_judge(opinions, report))
 
 
@@ -285,12 +305,12 @@ def _is_annotation(annotation: Any) -> bool:
     return isinstance(annotation, dict) and isinstance(annotation.get("result"), list)
 
 
-def _look(path: Path, where: str, report: Report) -> tuple[str, tuple[int, int]] | None:
+def look(path: Path | zipfile.Path, where: str, report: Report) -> tuple[str, tuple[int, int]] | None:
     """Content key and (height, width) of an image."""
     try:
         rgb = decode_image(path.read_bytes())
-    except OSError as error:
-        report.add("broken image", where, f"{path.name}: {error.strerror}")
+    except BROKEN_FILE as error:
+        report.add("broken image", where, f"{path.name}: {getattr(error, 'strerror', None) or type(error).__name__}")
     except ImageError as error:
         report.add("broken image", where, f"{path.name}: {error}")
     else:
@@ -321,7 +341,7 @@ def _references(task: dict[str, Any], entry: dict[str, Any]) -> list[str]:
 def _reference(task: dict[str, Any], entry: dict[str, Any]) -> str:
     """The image's name for a line of the report: never the whole URL, which may hold a signature."""
     parts = [_parts(reference) for reference in _references(task, entry)]
-    return _short(next((names[0][-1] for names in parts if names), "the image"), 80)
+    return short(next((names[0][-1] for names in parts if names), "the image"), 80)
 
 
 def _image_of(task: dict[str, Any], entry: dict[str, Any], folder: Path) -> Path | None:
@@ -376,10 +396,10 @@ def _regions(result: Sequence[Any], place: str, report: Report) -> Iterator[_Reg
         name = entry.get("id")
         by_id.setdefault(name if isinstance(name, str) else number, []).append(entry)
     for name, entries in by_id.items():
-        where = f"{place}, region {_short(name)}"
+        where = f"{place}, region {short(name)}"
         shaped = [e for e in entries if isinstance(e.get("type"), str) and e["type"] in _TYPES]
         if not shaped:
-            types = sorted({_short(e.get("type")) for e in entries})
+            types = sorted({short(e.get("type")) for e in entries})
             other = any(kind.startswith(_OTHER_SHAPES) for kind in types)
             report.add("unsupported shape" if other else "not a mask", where, ", ".join(types))
             continue
@@ -407,7 +427,7 @@ def _to_mask(region: _Region, size_hw: tuple[int, int], report: Report) -> Objec
     entry, (height, width) = region.entry, size_hw
     said = entry.get("original_height"), entry.get("original_width")
     if said != size_hw:
-        text = f"drawn on {_short(said[1])} x {_short(said[0])} pixels, the image has {width} x {height}"
+        text = f"drawn on {short(said[1])} x {short(said[0])} pixels, the image has {width} x {height}"
         report.add("size mismatch", region.where, text)
         return None
     if entry.get("image_rotation"):  # the page turns the image; how it then writes masks is not known to us
@@ -415,7 +435,7 @@ def _to_mask(region: _Region, size_hw: tuple[int, int], report: Report) -> Objec
         return None
     try:
         mask, cut = _draw(region.shape, entry["value"], height, width)
-    except (_Broken, PromptError) as error:
+    except (BrokenMask, PromptError) as error:
         report.add("broken mask", region.where, str(error))
         return None
     if cut:
@@ -430,7 +450,7 @@ def _draw(shape: str, value: dict[str, Any], height: int, width: int) -> tuple[M
     """bool [H, W] and whether a part lies outside the image."""
     if shape == "brush":
         if value.get("format") != "rle":
-            raise _Broken(f"the brush format is {_short(value.get('format'))}, not rle")
+            raise BrokenMask(f"the brush format is {short(value.get('format'))}, not rle")
         return brush_rle.decode(value.get("rle"), height, width), False  # type: ignore[arg-type]
     if shape == "bitmask":
         return _draw_bitmask(value.get("imageDataURL"), height, width), False
@@ -439,38 +459,38 @@ def _draw(shape: str, value: dict[str, Any], height: int, width: int) -> tuple[M
         turn = math.radians(_number(value.get("rotation") or 0, "rotation"))
         angles = np.linspace(0, 2 * np.pi, 257)[:-1]
         along, across = radius_x * width / 100 * np.cos(angles), radius_y * height / 100 * np.sin(angles)
-        points = _turned(along, across, turn, x * width / 100, y * height / 100)
+        points = turned(along, across, turn, x * width / 100, y * height / 100)
     elif shape == "rectangle":
         x, y, w, h = _numbers(value, "x", "y", "width", "height")
         turn = math.radians(_number(value.get("rotation") or 0, "rotation"))  # clockwise about the first corner
         along, across = np.array([0, w, w, 0]) * width / 100, np.array([0, 0, h, h]) * height / 100
-        points = _turned(along, across, turn, x * width / 100, y * height / 100)
+        points = turned(along, across, turn, x * width / 100, y * height / 100)
     else:
         given = value.get("points")
         if not isinstance(given, list) or not all(isinstance(p, list) and len(p) == 2 for p in given):
-            raise _Broken("the points are not pairs of numbers")
+            raise BrokenMask("the points are not pairs of numbers")
         if len(given) < 3:
-            raise _Broken(f"a polygon of {len(given)} points")
+            raise BrokenMask(f"a polygon of {len(given)} points")
         if len(given) > MAX_POINTS:
-            raise _Broken(f"a polygon of {len(given)} points; {MAX_POINTS} are read")
+            raise BrokenMask(f"a polygon of {len(given)} points; {MAX_POINTS} are read")
         if value.get("closed") is False:
-            raise _Broken("the polygon was never closed")
+            raise BrokenMask("the polygon was never closed")
         percent = np.array([[_number(x, "x"), _number(y, "y")] for x, y in given])
         points = percent * (width / 100, height / 100)
     room = np.array([width, height]) * _BEYOND / 100
     if (points < -room).any() or (points > np.array([width, height]) + room).any():
-        raise _Broken(f"the {shape} lies far outside the image")
+        raise BrokenMask(f"the {shape} lies far outside the image")
     cut = bool((points < -0.5).any() or (points > np.array([width, height]) + 0.5).any())
-    return _fill(points, height, width), cut
+    return fill(points, height, width), cut
 
 
-def _turned(along: Floats, across: Floats, turn: float, x: float, y: float) -> Floats:
+def turned(along: Floats, across: Floats, turn: float, x: float, y: float) -> Floats:
     """Points [n, 2] (x, y) in pixels from coordinates along axes that are turned about (x, y)."""
     cos, sin = math.cos(turn), math.sin(turn)
     return np.stack([x + along * cos - across * sin, y + along * sin + across * cos], axis=1)
 
 
-def _fill(points: Floats, height: int, width: int) -> Mask:
+def fill(points: Floats, height: int, width: int) -> Mask:
     """Pixels whose centre lies inside the polygon, points [n, 2] (x, y); even-odd, row by row.
 
     OpenCV and Pillow also paint the outline, half a pixel too much on each side: a lot for a thin object.
@@ -491,23 +511,23 @@ def _fill(points: Floats, height: int, width: int) -> Mask:
 def _draw_bitmask(url: Any, height: int, width: int) -> Mask:
     head = "data:image/png;base64,"
     if not isinstance(url, str) or not url.startswith(head):
-        raise _Broken("the bitmask is not a PNG data URL")
+        raise BrokenMask("the bitmask is not a PNG data URL")
     try:
         data = base64.b64decode(url[len(head) :], validate=True)
         if (shape := decode_image(data).shape[:2]) != (height, width):
-            raise _Broken(f"the bitmask has {shape[1]} x {shape[0]} pixels")
+            raise BrokenMask(f"the bitmask has {shape[1]} x {shape[0]} pixels")
     except (binascii.Error, ImageError) as error:
-        raise _Broken(f"the bitmask is broken: {error}") from error
+        raise BrokenMask(f"the bitmask is broken: {error}") from error
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if image is None or image.ndim != 3 or image.shape != (height, width, 4):
-        raise _Broken("the bitmask has no alpha channel")
+        raise BrokenMask("the bitmask has no alpha channel")
     return np.asarray(image[..., 3] > 0)
 
 
 def _number(value: Any, name: str) -> float:
     # The comparison also refuses NaN, and whole numbers that are too long for a float.
     if isinstance(value, bool) or not isinstance(value, int | float) or not -1e9 < value < 1e9:
-        raise _Broken(f"{name} is {_short(value)}, not a number of percent or degrees")
+        raise BrokenMask(f"{name} is {short(value)}, not a number of percent or degrees")
     return float(value)
 
 
@@ -515,7 +535,7 @@ def _numbers(value: dict[str, Any], *names: str) -> list[float]:
     return [_number(value.get(name), name) for name in names]
 
 
-def _without_duplicates(masks: Iterable[ObjectMask], report: Report) -> tuple[ObjectMask, ...]:
+def without_duplicates(masks: Iterable[ObjectMask], report: Report) -> tuple[ObjectMask, ...]:
     kept: list[ObjectMask] = []
     for mask in masks:
         close = (k for k in kept if min(k.area, mask.area) >= SAME_IOU * max(k.area, mask.area))
@@ -549,11 +569,11 @@ def _check_labels(records: Iterable[Record], report: Report) -> None:
         spellings.setdefault(label.strip().casefold(), []).append(label)
     for first, *others in spellings.values():
         for other in others:
-            text = f"{counts[other]} masks, perhaps the same as {_short(first)} ({counts[first]} masks)"
-            report.add("label spelt in several ways", f"label {_short(other)}", text)
+            text = f"{counts[other]} masks, perhaps the same as {short(first)} ({counts[first]} masks)"
+            report.add("label spelt in several ways", f"label {short(other)}", text)
 
 
-def _short(value: object, limit: int = 40) -> str:
+def short(value: object, limit: int = 40) -> str:
     """A value from a file for a line of text: printable and short."""
     text = value if isinstance(value, str) else ascii(value)
     text = "".join(c if c.isprintable() else "?" for c in text[: limit + 1])

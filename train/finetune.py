@@ -39,6 +39,7 @@ from inter2former.nn.model import Inter2Former
 from inter2former.segmenter import load_segmenter
 from inter2former.terminal import print_rows, score_progress
 from train import loop
+from train.cvat_exports import read_cvat
 from train.data import DrawConfig, Pack, Photo
 from train.exports import ExportError, ObjectMask, Record, Report, read_label_studio, split_by_content
 
@@ -327,6 +328,21 @@ def _progress(
 # -- command line ----------------------------------------------------------------------------------------------------
 
 
+def read_export(export: Path, images: Path | None) -> tuple[list[Record], Report, dict[str, Any]]:
+    """Records, report, and what the provenance says of their source.
+
+    raises   ExportError
+    """
+    if export.suffix.lower() == ".json":
+        if images is None:
+            raise ExportError("Label Studio's export holds no photos.", "Give their folder with --images.")
+        kind, (records, report) = "Label Studio JSON", read_label_studio(export, images)
+    else:
+        kind, (records, report) = "CVAT", read_cvat(export, images)
+    digest = _digest_of(records) if export.is_dir() else hashlib.sha256(export.read_bytes()).hexdigest()
+    return records, report, {"export": digest, "format": kind}
+
+
 def print_report(records: Sequence[Record], report: Report, file: Any) -> None:
     """What the export holds: counts by kind, then the lines, the first of each kind at least."""
     print(f"{len(records)} images with {_count(records)} objects.", file=file)
@@ -363,9 +379,13 @@ def print_verdict(summary: dict[str, Any]) -> None:
 
 
 def finetune(
-    export: Annotated[Path, typer.Option(metavar="JSON", help="Label Studio's JSON export.")],
-    images: Annotated[Path, typer.Option(metavar="DIR", help="The photos of the export.")],
+    export: Annotated[
+        Path, typer.Option(metavar="FILE", help="Label Studio's JSON, or a zip (or its folder) of CVAT: see the docs.")
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the run; holds model.safetensors at the end.")],
+    images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The photos, where the export does not hold them.")
+    ] = None,
     minutes: Annotated[float, typer.Option(help="Training time; measuring before and after comes on top.")] = 20.0,
     checkpoint: Annotated[Path | None, typer.Option(metavar="FILE", help="The parent [the starter weights].")] = None,
     train_encoder: Annotated[bool, typer.Option("--train-encoder", help="Train the image encoder, too.")] = False,
@@ -383,7 +403,7 @@ def finetune(
     threads: Annotated[int | None, typer.Option(min=1, help="Compute threads [all cores].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Tune a checkpoint on a Label Studio export; pictures held back decide whether it is kept."""
+    """Tune a checkpoint on an export of Label Studio or CVAT; pictures held back decide whether it is kept."""
     people = sys.stderr if as_json else sys.stdout
     if threads is not None:
         torch.set_num_threads(threads)
@@ -401,7 +421,7 @@ def finetune(
             clicks=clicks,
             workers=workers,
         )
-        records, report = read_label_studio(export, images)
+        records, report, source = read_export(export, images)
         print_report(records, report, people)
         write_atomically(out / "export_report.txt", "".join(f"{finding}\n" for finding in report.findings).encode())
         if strict:
@@ -411,7 +431,7 @@ def finetune(
             out,
             config,
             checkpoint=STARTER if checkpoint is None else checkpoint,
-            data={"export": hashlib.sha256(export.read_bytes()).hexdigest(), "format": "Label Studio JSON"},
+            data=source,
             force=force,
             resume=resume,
             say=lambda text: print(text, file=sys.stderr, flush=True),

@@ -319,7 +319,7 @@ def test_lines_are_single_printable_lines(project: Project) -> None:
         ("[" * 100_000, "not JSON"),
         ("{}", "not a list"),
         ('[{"id": 1, "image": "a.png"}]', "JSON_MIN"),
-        ("[]", "list of tasks is empty"),
+        ("[]", "it is empty"),
         ('[{"id": 1, "data": {"image": "gone.png"}, "annotations": [{"result": []}]}]', "1 x missing image"),
     ],
 )

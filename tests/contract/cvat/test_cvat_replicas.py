@@ -263,7 +263,7 @@ def test_c13_what_is_no_cvat_leaves_mask(answer, status):
 
 def test_c13_a_cvat_that_starts_later_is_noticed_without_waiting_for_it():
     with cvat('{"version": "2.80.0"}') as (url, seen):
-        asked = ReadsShapes(url, again_s=0)
+        asked = ReadsShapes(url, again_s=1)
         for _ in range(200):
             if asked():
                 break
