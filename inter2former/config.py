@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any, Literal
 
 from inter2former.errors import ConfigError
+from inter2former.score import hidden_units
 
 InputConvention = Literal["fit", "released"]
 EdgeRule = Literal["exact", "released"]
@@ -53,6 +55,7 @@ class ModelConfig:
     initial_reference: int = 2  # state of every pixel before the first prompt: unknown
     low_threshold: float = -2.0  # low-resolution logits above it are upsampled
     auto_sizes: tuple[int, ...] = (512, 768, 1024, 1536, 2048)  # what T="auto" may choose
+    score_weights: tuple[float, ...] = ()  # of the predicted IoU, see score.py; without: what the probabilities promise
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # JSON has lists only
@@ -91,6 +94,11 @@ class ModelConfig:
                 len(self.auto_sizes) > 0 and all(s > 0 and s % 256 == 0 for s in self.auto_sizes),
                 "auto_sizes must be multiples of 256",
             ),
+            (
+                not self.score_weights or hidden_units(len(self.score_weights)) > 0,
+                "score_weights do not fit this version's evidence; run `python -m train calibrate` again",
+            ),
+            (all(math.isfinite(w) for w in self.score_weights), "score_weights must be finite"),
         ]
         broken = [text for holds, text in rules if not holds]
         if broken:

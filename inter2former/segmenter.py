@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from inter2former import reference_mask
+from inter2former import reference_mask, score
 from inter2former.checkpoints import STARTER, load_checkpoint
 from inter2former.errors import ConfigError, Inter2FormerError, NumericError, PromptError
 from inter2former.images import MAX_PIXELS, Frame, as_rgb, choose_size, image_key
@@ -91,6 +91,7 @@ class Segmentation:
 
     mask        bool [H, W] in the image, read-only
     score       predicted IoU, 0..1; 0 when the network found nothing
+    evidence    the numbers that the prediction is made from, see `score.EVIDENCE`; None when nothing was found
     clicks      the clicks that it answers
     image_key   name of the image's content
     model_size  T that was used
@@ -100,6 +101,7 @@ class Segmentation:
 
     mask: Mask
     score: float
+    evidence: tuple[float, ...] | None
     clicks: tuple[Click, ...]
     image_key: str
     model_size: int
@@ -137,42 +139,37 @@ class _Found:
         left, top, right, bottom = (_TOKEN * side for side in self.box)
         return slice(top, bottom), slice(left, right)
 
-    def expected_iou(self, valid: tuple[int, int]) -> float:
-        """IoU that the probabilities promise, over the part of the box inside the first `valid` rows and columns.
-
-        With p the probability and m the mask: E[m and truth] / (m + E[truth outside m]) = sum(pm) / sum(m + p(1-m)).
-        """
-        top, left = (side.start for side in self.pixels)
-        logits = self.inside[: max(valid[0] - top, 0), : max(valid[1] - left, 0)]
-        chosen = logits > 0
-        area = int(chosen.sum())
-        if area == 0:
-            return 0.0
-        probability = torch.sigmoid(torch.from_numpy(logits)).numpy()
-        inside = float(probability[chosen].sum(dtype=np.float64))
-        outside = float(probability.sum(dtype=np.float64)) - inside
-        return min(inside / (area + outside), 1.0)
+    def shown(self, valid: tuple[int, int], step: int = 1) -> Float32:
+        """Logits of every `step`-th of the first `valid` rows and columns, float32 [ceil(rows / step), ...]."""
+        shown = np.full([-(-side // step) for side in valid], _OUTSIDE, np.float32)
+        rows, columns = self.pixels
+        inside = self.inside[-rows.start % step :: step, -columns.start % step :: step]
+        part = shown[-(-rows.start // step) :, -(-columns.start // step) :][: inside.shape[0], : inside.shape[1]]
+        part[...] = inside[: part.shape[0], : part.shape[1]]
+        return shown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _State:
-    """What is known after a prefix of the clicks: the decoder pass and the reference mask after its prediction."""
+    """What is known after a prefix of the clicks: the decoder pass, what it says about its quality, and the reference
+    mask after its prediction."""
 
     found: _Found
+    evidence: tuple[float, ...] | None
     told: UInt8  # the reference mask inside the tight box of pixels that are not possible background
     origin: tuple[int, int]  # row and column where that box begins
 
     @classmethod
-    def after(cls, reference: UInt8, found: _Found) -> _State:
+    def after(cls, reference: UInt8, found: _Found, evidence: tuple[float, ...] | None) -> _State:
         prediction = np.zeros(reference.shape, np.bool_)
         np.greater(found.inside, 0, out=prediction[found.pixels])
         after = native.apply_prediction(reference, prediction)
         told = after != reference_mask.POSSIBLE_BACKGROUND
         rows, columns = np.flatnonzero(told.any(1)), np.flatnonzero(told.any(0))
         if len(rows) == 0:
-            return cls(found, np.zeros((0, 0), np.uint8), (0, 0))
+            return cls(found, evidence, np.zeros((0, 0), np.uint8), (0, 0))
         inside = after[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        return cls(found, inside.copy(), (int(rows[0]), int(columns[0])))
+        return cls(found, evidence, inside.copy(), (int(rows[0]), int(columns[0])))
 
     def reference(self, size: int) -> UInt8:
         """uint8 [T, T]."""
@@ -334,11 +331,12 @@ class Segmenter:
             mask=_mask_in_model(initial_mask, frame),
         )
 
-        found, encoded = None, False
+        state, encoded = None, False
         if any(click.positive for click in clicks) or box is not None or start.mask is not None:
             groups = [[(*frame.model_pixel(click.x, click.y), click.positive)] for click in clicks]
-            found, encoded = self._run(pixels, frame, start, groups or [[]])
+            state, encoded = self._run(pixels, frame, start, groups or [[]])
 
+        found = None if state is None else state.found
         with clock("resize"):
             if found is None:
                 mask = np.zeros((info.height, info.width), np.bool_)
@@ -346,10 +344,10 @@ class Segmenter:
                 mask = frame.mask_from_logits(found.logits(frame.size), found.box)
             _keep_clicks(mask, clicked)
             mask.flags.writeable = False
-            score = 0.0 if found is None else found.expected_iou(frame.valid)
         return Segmentation(
             mask=mask,
-            score=score,
+            score=self._score(state, frame),
+            evidence=None if state is None else state.evidence,
             clicks=clicks,
             image_key=info.key,
             model_size=frame.size,
@@ -359,12 +357,19 @@ class Segmenter:
             _found=found,
         )
 
+    def _score(self, state: _State | None, frame: Frame) -> float:
+        if state is None:
+            return 0.0
+        if not self.config.score_weights:
+            return score.promise(state.found.shown(frame.valid))
+        return 0.0 if state.evidence is None else score.predict(state.evidence, self.config.score_weights)
+
     def _run(
         self, pixels: _Pixels, frame: Frame, start: _Start, groups: Sequence[Sequence[ModelClick]]
-    ) -> tuple[_Found, bool]:
+    ) -> tuple[_State, bool]:
         """All steps from the start, one group of clicks each; what is known already is not computed again.
 
-        returns  the last decoder pass, and whether the image was encoded
+        returns  what is known after the last one, and whether the image was encoded
         """
         # A chain of digests: 16 bytes name the image, T, the start and every click so far.
         keys: list[bytes] = []
@@ -381,7 +386,7 @@ class Segmenter:
         encoding: ImageEncoding | None = None  # held until the end: the cache may be too small to keep it
         encoded = False
 
-        def step(before: _State | None, group: Sequence[ModelClick]) -> _State:
+        def step(before: _State | None, clicks: Sequence[Sequence[ModelClick]]) -> _State:
             nonlocal encoding, encoded
             if encoding is None:
                 encoding, encoded = self._encoding(pixels, frame)
@@ -389,14 +394,17 @@ class Segmenter:
                 reference = start.reference(frame.size, self.config.initial_reference)
             else:
                 reference = before.reference(frame.size)
-            reference = reference_mask.paint_clicks(reference, group, self.config.click_radius)
-            return _State.after(reference, self._decode(encoding, reference))
+            reference = reference_mask.paint_clicks(reference, clicks[-1], self.config.click_radius)
+            found = self._decode(encoding, reference)
+            made = [click for group in clicks for click in group]
+            evidence = _evidence(found, made, None if before is None else before.found, start, frame)
+            return _State.after(reference, found, evidence)
 
-        for key, group in zip(keys[known:], groups[known:], strict=True):
+        for n in range(known, len(keys)):
             with pixels.clock("click"):
-                state = self._cache.get_or_make(key, functools.partial(step, state, group))
+                state = self._cache.get_or_make(keys[n], functools.partial(step, state, groups[: n + 1]))
         assert state is not None  # there is at least one group
-        return state.found, encoded
+        return state, encoded
 
     def _frame(self, info: ImageInfo, model_size: ModelSize | None) -> Frame:
         size = self._model_size if model_size is None else _check_size(model_size, PromptError)
@@ -546,6 +554,20 @@ def _mask_in_model(mask: Any, frame: Frame) -> Mask | None:
             f"initial_mask is {mask.dtype} {list(mask.shape)}, the image needs bool {[frame.height, frame.width]}."
         )
     return frame.mask_to_model(mask) if mask.any() else None
+
+
+def _evidence(
+    found: _Found, clicks: Sequence[ModelClick], previous: _Found | None, start: _Start, frame: Frame
+) -> tuple[float, ...] | None:
+    """What a decoder pass says about its quality. At the first click a given mask is the one that it corrects."""
+    step = -(-frame.size // score.SIDE)
+    thinned = [(row // step, column // step, positive) for row, column, positive in clicks]
+    before = None
+    if previous is not None:
+        before = previous.shown(frame.valid, step) > 0
+    elif start.mask is not None:
+        before = start.mask[: frame.valid[0] : step, : frame.valid[1] : step]
+    return score.evidence(found.shown(frame.valid, step), thinned, before)
 
 
 def _keep_clicks(mask: Mask, clicked: Sequence[tuple[int, int, bool]]) -> None:
