@@ -34,7 +34,7 @@ from backends.common.http import RequestError
 from inter2former import brush_rle
 from inter2former.errors import PromptError
 from inter2former.images import MAX_PIXELS
-from inter2former.masks import mask_to_polygons
+from inter2former.masks import mask_to_polygons, polygons_to_mask
 from inter2former.prompts import Box, Click
 
 MAX_CLICKS = 256  # each may cost one decoder pass; a person needs a few dozen
@@ -47,11 +47,17 @@ MAX_TASKS = 10_000
 BORDER_PERCENT = 5.0
 
 Mask = npt.NDArray[np.bool_]
-MaskControl = Literal["brushlabels", "brush", "bitmasklabels", "bitmask", "polygonlabels", "polygon"]
-# In order of preference: pixels before outlines, and a control that has its own labels before one that does not.
-MASK_CONTROLS: tuple[MaskControl, ...] = (
-    "brushlabels", "brush", "bitmasklabels", "bitmask", "polygonlabels", "polygon",
+# In order of preference: pixels before outlines before boxes, and a control that has its own labels before one that
+# does not.
+MASK_CONTROLS = (
+    "brushlabels", "brush", "bitmasklabels", "bitmask", "polygonlabels", "polygon", "rectanglelabels", "rectangle",
 )  # fmt: skip
+# What newer pages are told of: tag and the word for its kind of answer.
+TARGETS = (
+    ("BrushLabels", "mask"), ("BitmaskLabels", "mask"), ("PolygonLabels", "polygon"), ("RectangleLabels", "bbox"),
+)  # fmt: skip
+TOLERANCE = 1.5  # pixels that an answered outline may leave the mask's; see mask_to_polygons
+_SPECK = 1 / 200  # of an object's area: parts and holes below are left out of its outlines
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -98,6 +104,8 @@ class LabelConfig:
                     f"Image {tag!r} has no BrushLabels, Brush, BitmaskLabels or PolygonLabels: no masks there."
                 )
                 continue
+            if mask.kind.startswith("rectangle"):
+                found.append(f"Image {tag!r} has no control for masks: {mask.name!r} gets boxes around them.")
             for control in self.controls:
                 smart = control.kind in ("keypointlabels", "rectanglelabels") and control.to_name == tag
                 if smart and mask.labels and set(control.labels) != set(mask.labels):
@@ -147,12 +155,16 @@ def parse_config(text: str) -> LabelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PredictRequest:
-    """The checked frame of a /predict body; the task itself is only looked at as far as it is needed."""
+    """The checked frame of a /predict body; the task itself is only looked at as far as it is needed.
+
+    event   what newer pages ask for: predict (also when nothing is said), capabilities, prewarm, release
+    """
 
     tasks: tuple[Mapping[str, Any], ...]
     project: str
     label_config: str
     context: tuple[Mapping[str, Any], ...]
+    event: str = "predict"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,11 +187,18 @@ def parse_predict(body: Any) -> PredictRequest:
     if len(tasks) > MAX_TASKS:
         raise RequestError(f"There are {len(tasks)} tasks; at most {MAX_TASKS} are answered at once.")
     params = _object(body.get("params"))
-    context = _object(params.get("context", body.get("context"))).get("result")
+    given = _object(params.get("context", body.get("context")))
+    context = given.get("result")
     entries = tuple(entry for entry in context if isinstance(entry, dict)) if isinstance(context, list) else ()
     if entries and len(tasks) != 1:
         raise RequestError(f"Clicks belong to one task; there are {len(tasks)}.")
-    return PredictRequest(tuple(tasks), _text(body.get("project")), _text(body.get("label_config")), entries)
+    return PredictRequest(
+        tasks=tuple(tasks),
+        project=_text(body.get("project")),
+        label_config=_text(body.get("label_config")),
+        context=entries,
+        event=_text(given.get("event")) or "predict",
+    )
 
 
 def parse_setup(body: Any) -> Setup:
@@ -221,9 +240,9 @@ class Rectangle:
 
 @dataclasses.dataclass(frozen=True)
 class Stroke:
-    """A painted region: Label Studio's brush RLE of the whole image."""
+    """A painted region: the `value` that `region_mask` reads."""
 
-    rle: Sequence[int]
+    value: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +251,7 @@ class Interaction:
 
     width, height   of the image as the page shows it; None when the page did not say
     label           None: the regions get no label
+    ids             of the regions that were drawn, in drawing order; those that have none are left out
     """
 
     points: tuple[Point, ...]
@@ -242,6 +262,7 @@ class Interaction:
     label: str | None
     width: int | None
     height: int | None
+    ids: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -294,11 +315,12 @@ def read_context(entries: Sequence[Mapping[str, Any]]) -> Interaction | None:
         label=label if label is not None else next((region.label for region in ours if region.label), None),
         width=size[0] if size else None,
         height=size[1] if size else None,
+        ids=tuple(region.region for region in ours if region.region),
     )
 
 
-def _regions(entries: Sequence[Mapping[str, Any]]) -> list[_Region]:
-    """One for each id, in drawing order; an entry without id stands for itself."""
+def _regions(entries: Sequence[Mapping[str, Any]], *, shapes: bool = False) -> list[_Region]:
+    """One for each id, in drawing order; an entry without id stands for itself. `shapes`: finished masks count too."""
     found: dict[object, _Region] = {}
     for position, entry in enumerate(entries):
         name = entry.get("id")
@@ -316,6 +338,12 @@ def _regions(entries: Sequence[Mapping[str, Any]]) -> list[_Region]:
         region.label = region.label if region.label is not None else _label(entry)
         region.size = region.size or _size(entry)
         region.shape = region.shape or _shape(entry, region_id, region.size)
+        if (
+            shapes
+            and region.shape is None
+            and ("points" in (value := _object(entry.get("value"))) or "imageDataURL" in value)
+        ):
+            region.shape = Stroke(value)
     return list(found.values())
 
 
@@ -325,7 +353,7 @@ def _shape(entry: Mapping[str, Any], region: str, size: tuple[int, int] | None) 
     kind = _text(entry.get("type")).lower().removesuffix("labels")
     if "rle" in value or value.get("format") == "rle" or kind == "brush":
         rle = value.get("rle")
-        return Stroke(rle) if isinstance(rle, list) and rle else None
+        return Stroke(value) if isinstance(rle, list) and rle else None
     if kind not in ("keypoint", "rectangle", ""):
         return None
     x, y = _number(value.get("x")), _number(value.get("y"))
@@ -335,8 +363,15 @@ def _shape(entry: Mapping[str, Any], region: str, size: tuple[int, int] | None) 
         return _rectangle(x, y, value, size)
     if kind == "rectangle" or not (_near(x) and _near(y)):
         return None
-    positive = entry.get("is_positive")
-    return Point(_clamp(x), _clamp(y), positive if isinstance(positive, bool) else None, region)
+    return Point(_clamp(x), _clamp(y), _polarity(entry), region)
+
+
+def _polarity(entry: Mapping[str, Any]) -> bool | None:
+    """`is_positive` of the entry, or `value.positive` of newer pages; None when neither is there."""
+    for positive in (entry.get("is_positive"), _object(entry.get("value")).get("positive")):
+        if isinstance(positive, bool):
+            return positive
+    return None
 
 
 def _rectangle(x: float, y: float, value: Mapping[str, Any], size: tuple[int, int] | None) -> Rectangle | None:
@@ -391,10 +426,172 @@ def polarities(task: Mapping[str, Any]) -> dict[str, bool]:
     for key in ("annotations", "drafts"):  # drafts are the younger ones: they count
         for saved in _objects(task.get(key)):
             for entry in _objects(saved.get("result")):
-                region, positive = entry.get("id"), entry.get("is_positive")
-                if isinstance(region, str) and isinstance(positive, bool):
+                region, positive = entry.get("id"), _polarity(entry)
+                if isinstance(region, str) and positive is not None:
                     known[region] = positive
     return known
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the task already has
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Existing:
+    """A mask that is on the page already: accepted from us, or made by a person."""
+
+    region: str
+    value: Mapping[str, Any]
+
+
+def existing_masks(task: Mapping[str, Any], control: Control, interaction: Interaction) -> list[Existing]:
+    """The masks of the clicked label, image and page in what the annotator sees, as far as the request shows it.
+
+    That is the newest draft, else the only annotation: of several annotations it is not known which one is open.
+    """
+    drafts, annotations = _objects(task.get("drafts")), _objects(task.get("annotations"))
+    if drafts:
+        seen = max(drafts, key=lambda draft: (_text(draft.get("updated_at")), _text(draft.get("created_at"))))
+    elif len(annotations) == 1:
+        seen = annotations[0]
+    else:
+        return []
+    label = control_label(control, interaction.label)
+    found = []
+    for entry in _objects(seen.get("result")):
+        region, index = _text(entry.get("id")), entry.get("item_index")
+        if (
+            region
+            and _text(entry.get("type")) == control.kind  # the entry of the clicking control has the same id
+            and (_text(entry.get("from_name")), _text(entry.get("to_name"))) == (control.name, interaction.to_name)
+            and index == interaction.item_index
+            and (label is None or control_label(control, _label(entry)) == label)
+        ):
+            found.append(Existing(region, _object(entry.get("value"))))
+    return found
+
+
+def nearest(
+    existing: Sequence[Existing], point: Point, height: int, width: int, within: float
+) -> tuple[Existing, Mask] | None:
+    """The mask [H, W] closest to a point, at most `within` pixels away; the youngest of equals. None: none is."""
+    column, row = int(_pixel(point.x, width)), int(_pixel(point.y, height))
+    reach = math.ceil(within)
+    top, left = max(row - reach, 0), max(column - reach, 0)
+    best: tuple[float, Existing, Mask] | None = None
+    for one in reversed(existing):
+        try:
+            mask = region_mask(one.value, height, width)
+        except PromptError:
+            continue
+        rows, columns = np.nonzero(mask[top : row + reach + 1, left : column + reach + 1])
+        if rows.size:
+            distance = float(np.hypot(rows + top - row, columns + left - column).min())
+            if distance <= within and (best is None or distance < best[0]):
+                best = (distance, one, mask)
+    return None if best is None else best[1:]
+
+
+def region_mask(value: Mapping[str, Any], height: int, width: int) -> Mask:
+    """bool [H, W] of a region's `value`: brush RLE, bitmask picture, polygon or rectangle.
+
+    raises  PromptError for anything else, for another size, and for what cannot be read
+    """
+    if isinstance(value.get("rle"), list):
+        return brush_rle.decode(value["rle"], height, width)
+    picture = value.get("imageDataURL")
+    if isinstance(picture, str) and picture.startswith("data:image/png;base64,"):
+        try:
+            data = base64.b64decode(picture.partition(",")[2], validate=True)
+        except ValueError:
+            raise PromptError("The picture of a bitmask region is not base64.") from None
+        # Inside is what is opaque: the page paints the label's colour, which may be black.
+        rgba = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if _png_size(data) else None
+        if rgba is None or rgba.shape != (height, width, 4):
+            raise PromptError(f"The picture of a bitmask region is not an RGBA image of {width} x {height} pixels.")
+        return np.asarray(rgba[..., 3] >= 128)
+    points = value.get("points")
+    if isinstance(points, list):
+        try:
+            outline = np.asarray(points, np.float64) * (width / 100.0, height / 100.0)
+        except (TypeError, ValueError):
+            raise PromptError("A polygon region is a list of [x, y] percents.") from None
+        return polygons_to_mask([outline], height, width)
+    x, y = _number(value.get("x")), _number(value.get("y"))
+    box = _rectangle(x, y, value, (width, height)) if x is not None and y is not None else None
+    if box is None:
+        raise PromptError("The region has no mask.")
+    mask = np.zeros((height, width), np.bool_)
+    mask[
+        round(box.y0 * height / 100) : round(box.y1 * height / 100),
+        round(box.x0 * width / 100) : round(box.x1 * width / 100),
+    ] = True
+    return mask
+
+
+def _png_size(data: bytes) -> bool:
+    """Whether the header promises a picture within the limit: looked at before anything is unpacked."""
+    if len(data) < 24 or data[:8] != b"\x89PNG\r\n\x1a\n":
+        return False
+    return 0 < int.from_bytes(data[16:20], "big") * int.from_bytes(data[20:24], "big") <= MAX_PIXELS
+
+
+def objects_of_task(task: Mapping[str, Any], config: LabelConfig, model_version: str) -> list[Interaction]:
+    """The objects that a task already points at, each as an interaction of its own: for masks of a whole batch.
+
+    Taken from the newest annotation or draft, else from the newest prediction of another model. Every positive point,
+    rectangle, and painted, bitmask or polygon region is an object; negative points belong to all objects of their
+    label.
+    """
+    made = [
+        one
+        for key in ("annotations", "drafts")
+        for one in _objects(task.get(key))
+        if one.get("was_cancelled") is not True and _objects(one.get("result"))
+    ]
+    others = [
+        one
+        for one in _objects(task.get("predictions"))
+        if one.get("model_version") != model_version and _objects(one.get("result"))
+    ]
+    sources = made or others
+    if not sources:
+        return []
+    newest = max(sources, key=lambda one: (_text(one.get("updated_at")), _text(one.get("created_at"))))
+    entries = _objects(newest.get("result"))
+    known = polarities(task)
+    found: list[Interaction] = []
+    regions = [region for region in _regions(entries, shapes=True) if region.shape is not None]
+    for region in regions:
+        shape = region.shape
+        if isinstance(shape, Point):
+            positive = known.get(shape.region, True) if shape.positive is None else shape.positive
+            if not positive:
+                continue
+            shape = dataclasses.replace(shape, positive=True)
+        negative = tuple(
+            dataclasses.replace(other.shape, positive=False)
+            for other in regions
+            if isinstance(other.shape, Point)
+            and (other.label, other.to_name, other.item_index) == (region.label, region.to_name, region.item_index)
+            and not (known.get(other.shape.region, True) if other.shape.positive is None else other.shape.positive)
+        )
+        points = (*((shape,) if isinstance(shape, Point) else ()), *negative)
+        size = region.size or (None, None)
+        found.append(
+            Interaction(
+                points=points,
+                rectangles=(shape,) if isinstance(shape, Rectangle) else (),
+                strokes=(shape,) if isinstance(shape, Stroke) else (),
+                to_name=region.to_name,
+                item_index=region.item_index,
+                label=region.label,
+                width=size[0],
+                height=size[1],
+            )
+        )
+    return [one for one in found if config.mask_control(one.to_name) is not None][:MAX_OBJECTS]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -463,7 +660,7 @@ def _painted(interaction: Interaction, height: int, width: int) -> Mask | None:
     stated = shown_size(interaction, height, width)
     painted: Mask | None = None
     for stroke in interaction.strokes:
-        mask = brush_rle.decode(stroke.rle, *stated)
+        mask = region_mask(stroke.value, *stated)
         painted = mask if painted is None else painted | mask
     if painted is None or not painted.any():
         return None
@@ -509,9 +706,20 @@ def control_label(control: Control, label: str | None) -> str | None:
 
 
 def regions(
-    mask: Mask, score: float, control: Control, interaction: Interaction, *, region_id: str | None = None
+    mask: Mask,
+    score: float,
+    control: Control,
+    interaction: Interaction,
+    *,
+    region_id: str | None = None,
+    meta: Mapping[str, Any] | None = None,
+    tolerance: float = TOLERANCE,
 ) -> list[dict[str, Any]]:
     """A mask (of the size that the page shows) as regions of a control: one, or for polygons one for each outline.
+
+    region_id   of the first region: a region that is on the page already is replaced when it is accepted
+    meta        kept by the platform with the region
+    tolerance   of outlines, pixels
 
     An empty mask is no region at all.
     """
@@ -521,7 +729,7 @@ def regions(
     label = control_label(control, interaction.label)
     return [
         {
-            "id": region_id or uuid.uuid4().hex[:10],
+            "id": region_id if region_id and not position else uuid.uuid4().hex[:10],
             "from_name": control.name,
             "to_name": interaction.to_name,
             "type": control.kind,
@@ -531,21 +739,89 @@ def regions(
             "score": score,
             "value": {**value, **_label_field(control, label)},
             **({} if interaction.item_index is None else {"item_index": interaction.item_index}),
+            **({} if meta is None else {"meta": dict(meta)}),
         }
-        for value in _values(mask, control.kind)
+        for position, value in enumerate(_values(mask, control.kind, tolerance))
     ]
 
 
-def _values(mask: Mask, kind: str) -> Iterator[dict[str, Any]]:
+def provenance(
+    prompt: Prompt, *, model_version: str, model_size: int, score: float, corrects: bool = False
+) -> dict[str, Any]:
+    """What a region's `meta` says, so that its mask can be made again: model, T and prompts in image pixels."""
+    box = prompt.box
+    said: dict[str, Any] = {
+        "model": model_version,
+        "model_size": model_size,
+        "score": round(score, 4),
+        "clicks": [[click.x, click.y, int(click.positive)] for click in prompt.clicks],
+    }
+    if box is not None:
+        said["box"] = [box.x0, box.y0, box.x1, box.y1]
+    if prompt.strokes is not None:
+        said["started_from"] = "a region" if corrects else "strokes"
+    return {"inter2former": said}
+
+
+def _values(mask: Mask, kind: str, tolerance: float) -> Iterator[dict[str, Any]]:
     if kind.startswith("brush"):
         yield {"format": "rle", "rle": brush_rle.encode(mask)}
     elif kind.startswith("bitmask"):
         yield {"imageDataURL": _png_data_url(mask)}
+    elif kind.startswith("rectangle"):
+        height, width = mask.shape
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        left, top = int(columns[0]), int(rows[0])
+        yield {
+            "x": left * 100.0 / width,
+            "y": top * 100.0 / height,
+            "width": (int(columns[-1]) + 1 - left) * 100.0 / width,
+            "height": (int(rows[-1]) + 1 - top) * 100.0 / height,
+            "rotation": 0,
+        }
     else:
         height, width = mask.shape
-        for outline, _ in mask_to_polygons(mask):  # the page's polygons have no holes
-            percent = outline * (100.0 / width, 100.0 / height)
+        least = _SPECK * int(mask.sum())
+        polygons = sorted(mask_to_polygons(mask, tolerance), key=lambda polygon: -_area(polygon[0]))
+        for position, (outline, holes) in enumerate(polygons):
+            if position and _area(outline) < least:
+                break
+            percent = with_holes(outline, [hole for hole in holes if _area(hole) >= least]) * (
+                100.0 / width,
+                100.0 / height,
+            )
             yield {"points": [[float(x), float(y)] for x, y in percent], "closed": True}
+
+
+def _area(outline: npt.NDArray[np.float64]) -> float:
+    return float(cv2.contourArea(outline.astype(np.float32)))
+
+
+def with_holes(outline: npt.NDArray[np.float64], holes: list[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
+    """float64 [N, 2]: one outline that leaves the holes out, for a platform whose polygons have none.
+
+    Each hole is joined where it comes closest, by a cut of no width: there and back along the same line. Under the
+    even-odd rule that encloses what the polygon with its holes does; holes turn the other way, so under the non-zero
+    rule too.
+    """
+    merged, left = outline, list(holes)
+    clockwise = _signed_area(outline) > 0
+    while left:
+        distances = [np.hypot(*(merged[:, None] - hole[None]).transpose(2, 0, 1)) for hole in left]
+        nearest_hole = min(range(len(left)), key=lambda index: float(distances[index].min()))
+        hole = left.pop(nearest_hole)
+        table = distances[nearest_hole]
+        at, to = (int(index) for index in np.unravel_index(int(table.argmin()), table.shape))
+        ring = np.roll(hole, -to, axis=0)
+        if (_signed_area(hole) > 0) == clockwise:
+            ring = np.roll(ring[::-1], 1, axis=0)
+        merged = np.concatenate([merged[: at + 1], ring, ring[:1], merged[at:]])
+    return merged
+
+
+def _signed_area(outline: npt.NDArray[np.float64]) -> float:
+    x, y = outline.T
+    return float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))
 
 
 def _label_field(control: Control, label: str | None) -> dict[str, list[str]]:
@@ -561,6 +837,36 @@ def _png_data_url(mask: Mask) -> str:
     out = io.BytesIO()
     Image.fromarray(rgba).save(out, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")
+
+
+def capabilities(model_version: str) -> dict[str, Any]:
+    """The entry by which newer pages learn what can be asked for."""
+    return {
+        "id": uuid.uuid4().hex[:10],
+        "type": "capabilities",
+        "origin": "manual",
+        "value": {
+            "prompts": ["point", "box", "mask"],
+            "targets": [{"tag": tag, "output": output} for tag, output in TARGETS],
+            "model_info": {"name": "Inter2Former", "version": model_version},
+        },
+    }
+
+
+def acknowledgement(
+    event: Literal["prewarm", "release"], config: LabelConfig, value: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The entry that answers prewarm and release."""
+    tag = next(iter((*config.images, *config.lists)), "")
+    control = config.mask_control(tag)
+    return {
+        "id": uuid.uuid4().hex[:10],
+        "from_name": control.name if control else "",
+        "to_name": tag,
+        "type": f"{event}_ack",
+        "origin": "manual",
+        "value": dict(value),
+    }
 
 
 def prediction(regions: Sequence[Mapping[str, Any]], score: float, model_version: str) -> dict[str, Any]:

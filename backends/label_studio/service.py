@@ -2,8 +2,12 @@
 HTTP server; app.py hands it JSON and writes down what it returns.
 
 What is remembered, all of it bounded: image files for a few minutes, the platform's address and token of each project
-from /setup, and the polarity of clicks by region id, because the page forgets it after a reload. None of it is
-needed: a mask depends on the request and the image alone, but for polarity.
+from /setup, and the polarity of clicks by region id (polarity.py). None of it is needed: a mask depends on the request
+and the image alone, but for polarity.
+
+Two lines of work: clicks on images that are known, and encodes of images that are not, so that nobody who is clicking
+waits for somebody else's new image. In the line of encodes those that somebody waits for go first, then what is
+encoded ahead.
 """
 
 from __future__ import annotations
@@ -13,12 +17,13 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import ipaddress
+import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qs, quote, urlsplit
 
 import cachetools
@@ -34,18 +39,26 @@ from backends.common.images import (
     read_local_file,
 )
 from backends.common.metrics import Metrics
-from backends.common.server import Admission
+from backends.common.server import Admission, Ticket
 from backends.common.settings import Settings
 from backends.label_studio import contract
 from backends.label_studio.credentials import Credentials, is_personal_access_token
+from backends.label_studio.polarity import Polarities
 from inter2former.errors import ImageError, Inter2FormerError
-from inter2former.segmenter import Segmenter
+from inter2former.segmenter import KnownImage, Segmentation, Segmenter
 
 DOOR = "label_studio"
 FILES_BYTES = 256 * 2**20  # image files as they came; a click on a known image fetches nothing
 FILES_TTL_S = 300.0  # after that a changed file behind the same address is seen
 PROJECTS = 1000
-POLARITIES = 50_000
+OBJECTS = 5000  # that are being clicked on; for the order of the line and the counters
+# A page shows only the answer to its newest request. Older ones that still wait go behind the others, and when as many
+# as this wait behind them, they are answered with nothing.
+DROP_SUPERSEDED = 8
+SUPERSEDED, AHEAD = 1, 2  # urgencies; a click that somebody waits for has 0
+AHEAD_WAIT_S = 600.0
+AHEAD_WAITING = 64  # tasks to be encoded ahead; further ones are forgotten
+BATCH_S = 80.0  # Label Studio waits 100 s for a batch
 LOCAL_FILES_PATH = "/data/local-files/"
 PLATFORM_PATHS = ("/data/", "/storage-data/", "/tasks/")
 STORAGE_SCHEMES = ("s3://", "gs://", "azure-blob://", "azure_spi://")
@@ -72,6 +85,14 @@ class ImageFile:
 
     data: bytes = dataclasses.field(repr=False)
     key: tuple[str, str, str] | None
+
+
+@dataclasses.dataclass
+class _Object:
+    """An object that is being clicked on: what was asked last, and the place in the line of that request."""
+
+    ids: tuple[str, ...]
+    ticket: Ticket
 
 
 @dataclasses.dataclass
@@ -121,14 +142,16 @@ class Backend:
             allow_private_hosts=settings.allow_private_hosts,
         )
         self._credentials = Credentials(self._fetcher)
-        self._admission = Admission(running=1, waiting=places - 1, wait_s=wait_s)
-        self._lock = threading.Lock()  # of the three memories below; nothing slow happens under it
+        self._admission = Admission(running=1, waiting=places - 1, wait_s=wait_s)  # of clicks
+        self._encodes = Admission(running=1, waiting=places - 1, wait_s=wait_s)
+        self._polarity = Polarities(settings.memory_file)
+        self._lock = threading.Lock()  # of the memories below; nothing slow happens under it
         self._files: cachetools.TTLCache[object, bytes] = cachetools.TTLCache(FILES_BYTES, FILES_TTL_S, getsizeof=len)
         self._projects: cachetools.LRUCache[str, Project] = cachetools.LRUCache(PROJECTS)
-        self._polarity: cachetools.LRUCache[tuple[str, str, str, str], bool] = cachetools.LRUCache(POLARITIES)
+        self._objects: cachetools.LRUCache[tuple[str, str, str], _Object] = cachetools.LRUCache(OBJECTS)
         self._warned: cachetools.LRUCache[tuple[str, str], bool] = cachetools.LRUCache(PROJECTS)
         self._ahead = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ahead")
-        self._ahead_places = threading.BoundedSemaphore(4)
+        self._ahead_places = threading.BoundedSemaphore(AHEAD_WAITING)
 
     @property
     def model_version(self) -> str:
@@ -137,6 +160,7 @@ class Backend:
     def close(self) -> None:
         self._ahead.shutdown(wait=False, cancel_futures=True)
         self._fetcher.close()
+        self._polarity.close()
 
     # -- calls -------------------------------------------------------------------------------------------------------
 
@@ -159,19 +183,43 @@ class Backend:
         trace = trace if trace is not None else Trace()
         request = contract.parse_predict(body)
         nothing = contract.prediction([], 0.0, self.model_version)
+        if request.event != "predict":
+            return {"results": [self._event(request) or nothing]}
         interaction = contract.read_context(request.context)
         if interaction is None:
-            if len(request.tasks) == 1 and not request.context:  # somebody has opened this task: a click will follow
-                self._encode_ahead(request)
+            if request.context:  # nothing in it is a prompt
+                return {"results": [nothing]}
+            if self._settings.batch == "prompts":
+                with self._admission.place():
+                    return {"results": [answer or nothing for answer in self._batch(request, trace)]}
+            if len(request.tasks) == 1:  # somebody has opened this task: a click will follow
+                self._encode_ahead(request, request.tasks[0])
+                self._encode_next(request)
             return {"results": [nothing for _ in request.tasks]}
-        with self._admission.place():
-            self.metrics.queue.inc()
-            try:
-                answer = self._click(request, interaction, trace)
-            finally:
-                self.metrics.queue.dec()
+        with self._admission.place(), self.metrics.queue.track_inprogress():
+            answer = self._click(request, interaction, trace)
         self.metrics.stages(trace.seconds)
         return {"results": [answer or nothing]}
+
+    def _event(self, request: contract.PredictRequest) -> dict[str, Any] | None:
+        """The prediction that answers what newer pages ask for beside masks; None for what we do not know."""
+        config = contract.parse_config(request.label_config)
+        if request.event == "capabilities":
+            return contract.prediction([contract.capabilities(self.model_version)], 0.0, self.model_version)
+        if len(request.tasks) != 1:
+            return None
+        if request.event == "prewarm":
+            ready = self._is_encoded(request, request.tasks[0], config)
+            if not ready:
+                self._encode_ahead(request, request.tasks[0])
+            value = {"status": "ok", "cached": [0] if ready else [], "pending": [] if ready else [0]}
+        elif request.event == "release":
+            self._forget_file(request, request.tasks[0], config)
+            value = {"status": "released"}
+        else:
+            return None
+        event: Literal["prewarm", "release"] = "prewarm" if request.event == "prewarm" else "release"
+        return contract.prediction([contract.acknowledgement(event, config, value)], 0.0, self.model_version)
 
     # -- a click -----------------------------------------------------------------------------------------------------
 
@@ -179,36 +227,63 @@ class Backend:
         self, request: contract.PredictRequest, interaction: contract.Interaction, trace: Trace
     ) -> dict[str, Any] | None:
         """The prediction, or None for nothing to say."""
-        task = request.tasks[0]
         config = contract.parse_config(request.label_config)
         control = config.mask_control(interaction.to_name)
         polarity = self._polarities(request, interaction)
+        ticket = self._enter(request, interaction)
         if control is None:
             self._warn("config", request.project, (*config.warnings(), f"No mask control for {interaction.to_name!r}."))
             return None
-        if not (interaction.rectangles or interaction.strokes or any(polarity.values())):
+        existing = self._correctable(request.tasks[0], control, interaction)
+        if not (interaction.rectangles or interaction.strokes or existing or any(polarity.values())):
             return None  # negative clicks alone
-        file = self._image(request, contract.image_address(task, config, interaction), trace)
+        answer = self._answer(request, request.tasks[0], interaction, control, polarity, existing, ticket, trace)
+        if answer is None or not answer["result"]:
+            return None
+        return answer
+
+    def _answer(
+        self,
+        request: contract.PredictRequest,
+        task: Mapping[str, Any],
+        interaction: contract.Interaction,
+        control: contract.Control,
+        polarity: Mapping[contract.Point, bool],
+        existing: Sequence[contract.Existing],
+        ticket: Ticket,
+        trace: Trace,
+        *,
+        keep_strokes: bool = True,
+    ) -> dict[str, Any] | None:
+        """Image, masks and regions of an interaction; None when the answer is not wanted any more.
+
+        keep_strokes   what a person painted just now is inside; a finished mask is only where the model starts from
+        """
+        config = contract.parse_config(request.label_config)
+        file = self._image(request, task, contract.image_address(task, config, interaction), trace)
         name = _task_name(task)
+        image = self._known(file, name, ticket, trace)
+        info = image.info
+        trace.image_key = info.key
+        height, width = contract.shown_size(interaction, info.height, info.width)
+        prompts = contract.prompts(interaction, info.height, info.width, polarity.__getitem__)
+        corrected = None
+        if existing:
+            within = self._settings.correct_within / 100.0 * max(height, width)
+            corrected = contract.nearest(existing, interaction.points[0], height, width, within)
+        if corrected is not None:
+            start = contract.resize_mask(corrected[1], info.height, info.width)
+            prompts = tuple(dataclasses.replace(prompt, strokes=start) for prompt in prompts)
+        answers: list[tuple[Segmentation, contract.Prompt]] = []
         with contextlib.ExitStack() as turn:
             with trace.stage("queue"):
-                turn.enter_context(self._admission.turn())
-            try:
-                with trace.stage("decode_image"):
-                    info = self.segmenter.identify(file.data)
-            except ImageError as error:
-                if file.key is None:
-                    raise
-                raise FetchError(f"{name}: {error}") from None
-            self._keep(file)
-            trace.image_key = info.key
-            height, width = contract.shown_size(interaction, info.height, info.width)
-            answers = []
-            for prompt in contract.prompts(interaction, info.height, info.width, polarity.__getitem__):
+                turn.enter_context(self._admission.turn(ticket))
+            if ticket.urgency == SUPERSEDED and self._admission.waiting >= DROP_SUPERSEDED:
+                trace.note = "superseded"
+                return None
+            for prompt in prompts:
                 if prompt.says_something:
-                    result = self.segmenter.segment(
-                        file.data, prompt.clicks, box=prompt.box, initial_mask=prompt.strokes
-                    )
+                    result = self.segmenter.segment(image, prompt.clicks, box=prompt.box, initial_mask=prompt.strokes)
                     answers.append((result, prompt))
                     trace.add(result.timing)
         with trace.stage("reply"):
@@ -219,9 +294,22 @@ class Backend:
                 )  # fmt: skip
             regions = []
             for result, prompt in answers:
-                mask = _with_strokes(result.mask, prompt)
-                mask = contract.resize_mask(mask, height, width)
-                regions += contract.regions(mask, result.score, control, interaction)
+                mask = _with_strokes(result.mask, prompt) if keep_strokes and corrected is None else result.mask
+                regions += contract.regions(
+                    contract.resize_mask(mask, height, width),
+                    result.score,
+                    control,
+                    interaction,
+                    region_id=corrected[0].region if corrected else None,
+                    meta=contract.provenance(
+                        prompt,
+                        model_version=self.model_version,
+                        model_size=result.model_size,
+                        score=result.score,
+                        corrects=corrected is not None,
+                    ),
+                    tolerance=self._settings.polygon_tolerance,
+                )
         score = float(np.mean([result.score for result, _ in answers])) if answers else 0.0
         trace.note = (
             f"{len(interaction.points)} clicks, {len(interaction.rectangles)} rectangles, "
@@ -229,22 +317,70 @@ class Backend:
         )
         return contract.prediction(regions, score, self.model_version)
 
+    def _known(self, file: ImageFile, name: str, ticket: Ticket, trace: Trace) -> KnownImage:
+        """The image with its name and, unless the cache is too small for it, its encoding."""
+        try:
+            if self.segmenter.is_encoded(file.data):
+                with trace.stage("decode_image"):
+                    return self.segmenter.known(file.data)
+            with contextlib.ExitStack() as turn:
+                with trace.stage("queue"):
+                    turn.enter_context(self._encodes.turn(ticket))
+                with trace.stage("decode_image"):
+                    image = self.segmenter.known(file.data)
+                self._keep(file)
+                with trace.stage("encode"):
+                    self.segmenter.prefetch(image)
+            return image
+        except ImageError as error:
+            if file.key is None:
+                raise
+            raise FetchError(f"{name}: {error}") from None
+
+    def _enter(self, request: contract.PredictRequest, interaction: contract.Interaction) -> Ticket:
+        """A place in the line for a request; an older one about the same object steps back. Counts what people do."""
+        ticket = Ticket()
+        if not interaction.ids:
+            return ticket
+        key = (request.project, _task_name(request.tasks[0]), interaction.ids[0][:64])
+        with self._lock:
+            before = self._objects.get(key)
+            self._objects[key] = _Object(interaction.ids, ticket)
+        self.metrics.annotation("prompts")
+        if before is None:
+            self.metrics.annotation("objects")
+        else:
+            before.ticket.urgency = SUPERSEDED
+            self.metrics.annotation("undone", len(set(before.ids) - set(interaction.ids)))
+        return ticket
+
+    def _correctable(
+        self, task: Mapping[str, Any], control: contract.Control, interaction: contract.Interaction
+    ) -> list[contract.Existing]:
+        """The masks that clicks alone may be about, when clicks near a mask are to correct it."""
+        if not self._settings.correct_within or interaction.rectangles or interaction.strokes:
+            return []
+        return contract.existing_masks(task, control, interaction)
+
     def _polarities(
         self, request: contract.PredictRequest, interaction: contract.Interaction
     ) -> dict[contract.Point, bool]:
         """What the page says, else what was said before, else what the task's drafts say, else positive."""
         project = self._project(request.project)
-        place = (project.platform.url if project else "", request.project, str(request.tasks[0].get("id"))[:40])
+        platform = project.platform.url if project else ""
+        task = str(request.tasks[0].get("id"))[:40]
         saved: dict[str, bool] | None = None
         known: dict[contract.Point, bool] = {}
         for point in interaction.points:
-            key = (*place, point.region[:64])
+            key = (platform, request.project[:80], task, point.region[:64])
             positive = point.positive
-            with self._lock:
-                if positive is not None and point.region:
-                    self._polarity[key] = positive
-                elif positive is None and point.region:
+            if point.region:
+                if positive is not None:
+                    self._polarity.set(key, positive)
+                else:
+                    # What was said before the platform introduced itself stands under no platform.
                     positive = self._polarity.get(key)
+                    positive = self._polarity.get(("", *key[1:])) if positive is None else positive
             if positive is None:
                 if saved is None:
                     saved = contract.polarities(request.tasks[0])
@@ -252,18 +388,96 @@ class Backend:
             known[point] = positive
         return known
 
-    def _encode_ahead(self, request: contract.PredictRequest) -> None:
-        """Fetch and encode the image of an opened task in the background; what goes wrong is only logged."""
-        if not self._ahead_places.acquire(blocking=False):
+    # -- many tasks --------------------------------------------------------------------------------------------------
+
+    def _batch(self, request: contract.PredictRequest, trace: Trace) -> Iterator[dict[str, Any] | None]:
+        """For each task the masks of what it already points at; None for nothing. What is wrong is only logged."""
+        end = time.monotonic() + BATCH_S
+        config = contract.parse_config(request.label_config)
+        late = 0
+        for task in request.tasks:
+            if time.monotonic() > end:
+                late += 1
+                yield None
+                continue
+            try:
+                yield self._masks_of(request, task, config, trace)
+            except Inter2FormerError as error:
+                log.warning("%s: no masks: %s", _task_name(task), error)
+                yield None
+        if late:
+            log.warning("%d of %d tasks got no masks in %g seconds: choose fewer", late, len(request.tasks), BATCH_S)
+
+    def _masks_of(
+        self, request: contract.PredictRequest, task: Mapping[str, Any], config: contract.LabelConfig, trace: Trace
+    ) -> dict[str, Any] | None:
+        regions: list[dict[str, Any]] = []
+        scores: list[float] = []
+        for interaction in contract.objects_of_task(task, config, self.model_version):
+            control = config.mask_control(interaction.to_name)
+            if control is None:
+                continue
+            polarity = {point: point.positive is not False for point in interaction.points}
+            ticket = Ticket(AHEAD)
+            answer = self._answer(request, task, interaction, control, polarity, (), ticket, trace, keep_strokes=False)
+            if answer is not None and answer["result"]:
+                regions += answer["result"]
+                scores.append(answer["score"])
+        return contract.prediction(regions, float(np.mean(scores)), self.model_version) if regions else None
+
+    # -- ahead -------------------------------------------------------------------------------------------------------
+
+    def _encode_ahead(self, request: contract.PredictRequest, task: Mapping[str, Any]) -> None:
+        """Fetch and encode the image of a task in the background."""
+
+        def work() -> None:
+            config = contract.parse_config(request.label_config)
+            file = self._image(request, task, contract.image_address(task, config), Trace())
+            if self.segmenter.is_encoded(file.data):
+                self._keep(file)
+                return
+            with self._encodes.turn(Ticket(AHEAD), wait_s=AHEAD_WAIT_S):
+                self.segmenter.prefetch(file.data)
+            self._keep(file)
+
+        self._in_background(work)
+
+    def _encode_next(self, request: contract.PredictRequest) -> None:
+        """The same for the tasks that the platform shows after this one."""
+        count, project = self._settings.ahead_tasks, self._project(request.project)
+        number = request.tasks[0].get("id")
+        if not count or project is None or isinstance(number, bool) or not isinstance(number, int):
             return
 
         def work() -> None:
+            for task in self._tasks_after(project, request.project, number, count):
+                self._encode_ahead(request, task)
+
+        self._in_background(work)
+
+    def _tasks_after(self, project: Project, name: str, number: int, count: int) -> list[Mapping[str, Any]]:
+        """The next tasks of a project by number, as the platform lists them."""
+        identifier = name.partition(".")[0]
+        if not identifier.isdecimal():
+            return []
+        later = {"filter": "filter:tasks:id", "operator": "greater", "value": number, "type": "Number"}
+        query = json.dumps({"filters": {"conjunction": "and", "items": [later]}, "ordering": ["tasks:id"]})
+        url = f"{project.platform.url}/api/tasks?project={identifier}&page_size={count}&query={quote(query)}"
+        try:
+            listed = json.loads(self._get(url, project))
+        except ValueError:
+            raise FetchError("The platform's list of tasks is not JSON.") from None
+        tasks = listed.get("tasks") if isinstance(listed, dict) else None
+        return [task for task in tasks[:count] if isinstance(task, dict)] if isinstance(tasks, list) else []
+
+    def _in_background(self, work: Callable[[], None]) -> None:
+        """Once there is time; what goes wrong is only logged, and what does not fit in line is forgotten."""
+        if not self._ahead_places.acquire(blocking=False):
+            return
+
+        def run() -> None:
             try:
-                config = contract.parse_config(request.label_config)
-                file = self._image(request, contract.image_address(request.tasks[0], config), Trace())
-                with self._admission.turn():
-                    self.segmenter.prefetch(file.data)
-                self._keep(file)
+                work()
             except Inter2FormerError as error:
                 log.info("not encoded ahead: %s", error)
             except Exception:
@@ -272,26 +486,51 @@ class Backend:
                 self._ahead_places.release()
 
         try:
-            self._ahead.submit(work)
+            self._ahead.submit(run)
         except RuntimeError:  # shutting down
             self._ahead_places.release()
 
+    def _is_encoded(
+        self, request: contract.PredictRequest, task: Mapping[str, Any], config: contract.LabelConfig
+    ) -> bool:
+        """Whether a click on the task's first image would wait for nothing."""
+        address = contract.image_address(task, config)
+        if address[:5].lower() == "data:":
+            return self.segmenter.is_encoded(decode_data_url(address, max_bytes=self._fetcher.max_bytes))
+        key = self._file_key(request, address)
+        with self._lock:
+            data = self._files.get(key)
+        return data is not None and self.segmenter.is_encoded(data)
+
+    def _forget_file(
+        self, request: contract.PredictRequest, task: Mapping[str, Any], config: contract.LabelConfig
+    ) -> None:
+        key = self._file_key(request, contract.image_address(task, config))
+        with self._lock:
+            self._files.pop(key, None)
+
     # -- images ------------------------------------------------------------------------------------------------------
 
-    def _image(self, request: contract.PredictRequest, address: str, trace: Trace) -> ImageFile:
+    def _file_key(self, request: contract.PredictRequest, address: str) -> tuple[str, str, str]:
+        project = self._project(request.project)
+        return (project.platform.url if project else "", request.project, address)
+
+    def _image(
+        self, request: contract.PredictRequest, task: Mapping[str, Any], address: str, trace: Trace
+    ) -> ImageFile:
         """What is behind an address of a task: from the memory of files, or fetched now."""
         if address[:5].lower() == "data:":
             return ImageFile(decode_data_url(address, max_bytes=self._fetcher.max_bytes), None)
         project = self._project(request.project)
-        key = (project.platform.url if project else "", request.project, address)
+        key = self._file_key(request, address)
         with self._lock:
             known = self._files.get(key)
         if known is not None:
             return ImageFile(known, key)
-        name = _task_name(request.tasks[0])
+        name = _task_name(task)
         try:
             with trace.stage("fetch"):
-                return ImageFile(self._fetch(request.tasks[0], address, project), key)
+                return ImageFile(self._fetch(task, address, project), key)
         except (UrlError, FetchError) as error:
             raise _named(name, error) from None
 
