@@ -107,6 +107,17 @@ class StandIn:
         def task(number):
             return body(number) if number in self.tasks else ({"detail": "Not found."}, 404)
 
+        @app.get("/api/projects/<int:number>")
+        def project(number):
+            return {
+                "url": "http://cvat.local", "id": number, "name": "p", "owner": None, "assignee": None,
+                "guide_id": None, "bug_tracker": "", "task_subsets": [], "created_date": DATE, "updated_date": DATE,
+                "status": "annotation", "dimension": "2d", "organization": None, "organization_id": None,
+                "target_storage": None, "source_storage": None, "assignee_updated_date": None,
+                "tasks": {"count": len(self.projects[number]), "url": "http://cvat.local"},
+                "labels": {"url": "http://cvat.local"},
+            }  # fmt: skip
+
         @app.get("/api/labels")
         def labels():
             found = self.tasks[flask.request.args.get("task_id", type=int)]["labels"]
