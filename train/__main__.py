@@ -11,6 +11,7 @@ import typer
 from inter2former.config import PRESETS
 from train import loop
 from train import pretrain as pretraining
+from train.calibrate import command as calibrate
 from train.distill import command as distill
 from train.finetune import finetune
 
@@ -88,6 +89,7 @@ def teacher(
 
 app.command()(finetune)
 app.command("distill")(distill)
+app.command("calibrate")(calibrate)
 
 
 if __name__ == "__main__":
