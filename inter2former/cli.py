@@ -199,6 +199,7 @@ def evaluate(
                 lambda image, made: segmenter.segment(image, made).mask,
                 clicks=clicks,
                 prepare=segmenter.prefetch,
+                predict=lambda image, made: segmenter.segment(image, made).score,
                 on_score=advance,
             )
     summary = evaluation.summarise(scores)

@@ -31,11 +31,13 @@ from inter2former.prompts import Click
 Image = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 SegmentFunction = Callable[[Image, Sequence[Click]], Mask]
+PredictFunction = Callable[[Image, Sequence[Click]], float]
 
 MAX_CLICKS = 20  # also the NoC of an object that never reaches the IoU
 MIOU_AT = (1, 3, 5, 10)
 NOC_AT = (85, 90, 95)
 BOUNDARY_IOU_AT = 5
+SCORE_AT = 3
 BOUNDARY_WIDTH = 0.02  # of the diagonal (Cheng et al., Boundary IoU, CVPR 2021)
 
 # Objects of a pack that say something about clicking: not a speck, not the whole photo, no photo dominates.
@@ -130,6 +132,7 @@ class Score:
     clicks: int  # really made
     prepare_s: float
     click_s: float
+    predicted: tuple[float, ...] = ()  # IoUs that the method itself expects, a click each; empty when it was not asked
 
 
 def evaluate(
@@ -138,19 +141,21 @@ def evaluate(
     *,
     clicks: int = MAX_CLICKS,
     prepare: Callable[[Image], object] | None = None,
+    predict: PredictFunction | None = None,
     on_score: Callable[[Score], object] | None = None,
 ) -> list[Score]:
     """Click through every target from an empty mask.
 
     segment   called once a click with the list grown by one
     prepare   called once a target before its clicks, to encode the image; timed apart
+    predict   the IoU that the method expects of its mask, 0..1; asked after each click, not timed
     on_score  called after each target, for progress and logs
     """
     if clicks < 1:
         raise ConfigError(f"clicks is {clicks}; at least 1 is needed.")
     scores = []
     for target in targets:
-        score = _click_through(target, segment, clicks, prepare)
+        score = _click_through(target, segment, clicks, prepare, predict)
         scores.append(score)
         if on_score is not None:
             on_score(score)
@@ -158,7 +163,11 @@ def evaluate(
 
 
 def _click_through(
-    target: Target, segment: SegmentFunction, max_clicks: int, prepare: Callable[[Image], object] | None
+    target: Target,
+    segment: SegmentFunction,
+    max_clicks: int,
+    prepare: Callable[[Image], object] | None,
+    predict: PredictFunction | None,
 ) -> Score:
     start = time.perf_counter()
     if prepare is not None:
@@ -167,6 +176,7 @@ def _click_through(
     prediction = np.zeros_like(target.mask)
     made: list[Click] = []
     ious: list[float] = []
+    predicted: list[float] = []
     at_boundary = prediction
     while len(made) < max_clicks and (click := next_click(prediction, target.mask, made)) is not None:
         made.append(click)
@@ -174,9 +184,12 @@ def _click_through(
         prediction = segment(target.image, tuple(made))
         click_s += time.perf_counter() - start
         ious.append(iou(prediction, target.mask))
+        if predict is not None:
+            predicted.append(predict(target.image, tuple(made)))
         if len(made) <= BOUNDARY_IOU_AT:
             at_boundary = prediction
     ious += [iou(prediction, target.mask)] * (max_clicks - len(ious))
+    predicted += predicted[-1:] * (max_clicks - len(predicted))
     return Score(
         source=target.source,
         name=target.name,
@@ -185,6 +198,7 @@ def _click_through(
         clicks=len(made),
         prepare_s=prepare_s,
         click_s=click_s,
+        predicted=tuple(predicted),
     )
 
 
@@ -192,8 +206,8 @@ def summarise(scores: Sequence[Score]) -> dict[str, Any]:
     """The figures of a run, IoU in percent.
 
     {"sources": {name: figures}, "mean": the same figures averaged over sources, "seconds_per_click": with encoding,
-    "seconds_per_click_online": without}. Figures: objects, miou@k (k <= clicks), biou@5, noc85/90/95 and nof90, the
-    number of objects that never reach 90 %.
+    "seconds_per_click_online": without}. Figures: objects, miou@k (k <= clicks), biou@5, noc85/90/95, nof90 (objects
+    that never reach 90 %), and score_mae@3, the mean absolute error of the predicted IoU, when it was asked for.
     """
     by_source: dict[str, list[Score]] = collections.defaultdict(list)
     for score in scores:
@@ -221,6 +235,10 @@ def _figures(scores: Sequence[Score]) -> dict[str, float]:
     for percent in NOC_AT:
         figures[f"noc{percent}"] = round(statistics.fmean(noc(s.ious, percent / 100, max_clicks) for s in scores), 3)
     figures["nof90"] = sum(max(s.ious) < 0.90 for s in scores)
+    asked = [s for s in scores if s.predicted]
+    if max_clicks >= SCORE_AT and asked:
+        errors = (abs(s.predicted[SCORE_AT - 1] - s.ious[SCORE_AT - 1]) for s in asked)
+        figures[f"score_mae@{SCORE_AT}"] = round(100 * statistics.fmean(errors), 3)
     return figures
 
 

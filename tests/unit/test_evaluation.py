@@ -242,6 +242,19 @@ def test_a_short_run_has_only_the_figures_it_can_have():
     assert figures["noc90"] == 3
 
 
+def test_the_error_of_the_predicted_iou():
+    scores = [score("a", [0.2, 0.4, 0.6], predicted=(1, 1, 0.5)), score("a", [0.2] * 3, predicted=(0, 0, 0.5))]
+    assert summarise(scores)["sources"]["a"]["score_mae@3"] == pytest.approx(20.0)
+
+
+def test_what_is_predicted_is_asked_after_each_click():
+    target = Target("s", "n", np.zeros((20, 30, 3), np.uint8), block(20, 30, 5, 5, 15, 25))
+    (got,) = evaluate([target], discs(2), clicks=4, predict=lambda image, made: len(made) / 10)
+    assert got.predicted == (0.1, 0.2, 0.3, 0.4)
+    (got,) = evaluate([target], lambda image, made: target.mask, clicks=4, predict=lambda image, made: 0.9)
+    assert got.predicted == (0.9,) * 4  # the last one stays, as the IoU does
+
+
 def test_nothing_evaluated_is_an_empty_summary():
     assert summarise([])["sources"] == {}
 
