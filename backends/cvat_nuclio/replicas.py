@@ -35,12 +35,13 @@ class Replicas:
     addresses   of servers that answer POST /, such as http://inter2former-1:8080
     """
 
-    def __init__(self, addresses: Sequence[str], *, answer_s: float = ANSWER_S) -> None:
+    def __init__(self, addresses: Sequence[str], *, answer_s: float = ANSWER_S, away_s: float = AWAY_S) -> None:
         self.addresses = tuple(dict.fromkeys(address.rstrip("/") for address in addresses))
         self.metrics = Metrics("cvat_gateway")
         self._client = httpx.Client(
             timeout=httpx.Timeout(answer_s, connect=CONNECT_S), limits=httpx.Limits(max_connections=None)
         )
+        self._away_s = away_s
         self._away: dict[str, float] = {}  # address: when to try it again
         self._lock = threading.Lock()
 
@@ -88,7 +89,7 @@ class Replicas:
     def _is_away(self, address: str) -> None:
         log.warning("replica %s gave no answer; another one is asked", address)
         with self._lock:
-            self._away[address] = time.monotonic() + AWAY_S
+            self._away[address] = time.monotonic() + self._away_s
 
     def health(self) -> Reply:
         """Up as long as one replica is."""

@@ -32,6 +32,20 @@ FUNCTION = {
 }  # fmt: skip
 
 
+@contextlib.contextmanager
+def running(app):
+    """A WSGI application on a port of this machine; gives its address."""
+    http = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=http.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{http.port}"
+    finally:
+        http.shutdown()
+        thread.join()
+        http.server_close()
+
+
 class StandIn:
     """The server's state, to be set up and looked at by tests."""
 
@@ -50,17 +64,9 @@ class StandIn:
             "shapes": [{**SHAPE, "id": 100 + n, **shape} for n, shape in enumerate(shapes)],
         }  # fmt: skip
 
-    @contextlib.contextmanager
     def running(self):
-        http = make_server("127.0.0.1", 0, self.app, threaded=True)
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{http.port}"
-        finally:
-            http.shutdown()
-            thread.join()
-            http.server_close()
+        """The server on a port of this machine; gives its address."""
+        return running(self.app)
 
     def count(self, method, part):
         return sum(seen == method and part in path for seen, path in self.requests)

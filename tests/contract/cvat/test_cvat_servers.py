@@ -21,7 +21,7 @@ import nuclio_sdk
 import numpy as np
 import pytest
 import torch
-from werkzeug.serving import make_server
+from cvat_standin import running
 
 from backends.common.http import BusyError
 from backends.cvat_nuclio import contract, gateway, main, serve
@@ -60,20 +60,6 @@ def server(request, interactor):
     context = nuclio_sdk.Context()
     context.user_data.interactor = interactor
     return serve.create_app(main.handler, context, raw_events=request.param == "bytes").test_client()
-
-
-@contextlib.contextmanager
-def running(app):
-    """A WSGI application on a real port of this machine; gives its address."""
-    http = make_server("127.0.0.1", 0, app, threaded=True)
-    thread = threading.Thread(target=http.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{http.port}"
-    finally:
-        http.shutdown()
-        thread.join()
-        http.server_close()
 
 
 # -- the local server ------------------------------------------------------------------------------------------------
