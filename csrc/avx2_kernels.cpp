@@ -39,6 +39,14 @@ struct V {
         return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
     }
     static float square_root(float a) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(a))); }
+    V root() const { return {_mm256_sqrt_ps(v)}; }
+    // a0 b0 a1 b1 ...
+    static void zip(V a, V b, float* to) {
+        const __m256 low = _mm256_unpacklo_ps(a.v, b.v);
+        const __m256 high = _mm256_unpackhi_ps(a.v, b.v);
+        _mm256_storeu_ps(to, _mm256_permute2f128_ps(low, high, 0x20));
+        _mm256_storeu_ps(to + 8, _mm256_permute2f128_ps(low, high, 0x31));
+    }
     float total() const {
         __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
@@ -54,11 +62,14 @@ inline V operator/(V a, V b) { return {_mm256_div_ps(a.v, b.v)}; }
 
 constexpr int kTile = 6;  // 12 sums, two weights and a broadcast in 16 registers
 
+#include "vector.inc"
 #include "simd_kernels.inc"
+#include "click_kernels.inc"
 
 }  // namespace
 
 const Kernels kAvx2 = {
-    "avx2", "8 floats a step, x86 with AVX2 and FMA", L, kTile, ffn, gates, min_max, find, transition};
+    "avx2", "8 floats a step, x86 with AVX2 and FMA", L, kTile, ffn, gates, min_max, find, transition,
+    P, linear, norm, pack_pixels, taps, up_row, attend, bsq};
 
 }  // namespace i2f

@@ -8,11 +8,13 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "decoder.h"
 #include "dispatch.h"
 #include "hmoe.h"
 #include "reference_mask.h"
@@ -22,7 +24,7 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int kInterface = 1;  // runtime/native.py asks for exactly this
+constexpr int kInterface = 2;  // runtime/native.py asks for exactly this
 constexpr std::int64_t kMaxSide = 1 << 20;
 constexpr int kMaxThreads = 1024;
 
@@ -164,6 +166,8 @@ public:
     std::string isa() const { return hmoe_.kernels().name; }
     std::size_t nbytes() const { return hmoe_.bytes(); }
 
+    static i2f::Hmoe pack(const py::dict& weights, const i2f::Kernels& kernels);
+
 private:
     py::array_t<float> tokens(const py::object& object) const {
         py::array_t<float> x = typed<float>(object, "x", 2);
@@ -172,58 +176,205 @@ private:
         return x;
     }
 
-    static i2f::Hmoe pack(const py::dict& weights, const i2f::Kernels& kernels) {
-        std::vector<py::array_t<float>> alive;
-        std::vector<std::string> known;
-        const auto get = [&](const char* name, py::ssize_t rank) {
-            if (!weights.contains(name)) throw py::value_error(std::string("Weight '") + name + "' is missing.");
-            known.emplace_back(name);
-            alive.push_back(typed<float>(weights[name], name, rank));
+    i2f::Hmoe hmoe_;
+};
+
+i2f::Hmoe HybridExperts::pack(const py::dict& weights, const i2f::Kernels& kernels) {
+    std::vector<py::array_t<float>> alive;
+    std::vector<std::string> known;
+    const auto get = [&](const char* name, py::ssize_t rank) {
+        if (!weights.contains(name)) throw py::value_error(std::string("Weight '") + name + "' is missing.");
+        known.emplace_back(name);
+        alive.push_back(typed<float>(weights[name], name, rank));
+        require_contiguous(alive.back(), name);
+        return alive.back();
+    };
+    const py::array_t<float> w1 = get("w1", 3);
+    const std::int64_t experts = w1.shape(0);
+    const std::int64_t hidden = w1.shape(1);
+    const std::int64_t width = w1.shape(2);
+    if (experts < 1 || experts > i2f::kMaxExperts) {
+        throw py::value_error("w1 must hold 1 to 64 experts, not " + std::to_string(experts) + ".");
+    }
+    if (hidden < 1 || hidden > kMaxSide || width < 1 || width > kMaxSide) {
+        throw py::value_error("w1 must have shape [experts, hidden, width], not " + shape_text(shape_of(w1)) + ".");
+    }
+    const auto data = [&](const char* name, const std::vector<std::int64_t>& shape) {
+        const py::array_t<float> array = get(name, static_cast<py::ssize_t>(shape.size()));
+        require_shape(array, name, shape);
+        return array.data();
+    };
+    i2f::HmoeSource source{};
+    source.width = width;
+    source.hidden = hidden;
+    source.experts = experts;
+    source.shared = {data("shared_w1.weight", {hidden, width}), data("shared_w1.bias", {hidden}),
+                     data("shared_w2.weight", {hidden, width}), data("shared_w2.bias", {hidden}),
+                     data("shared_w3.weight", {width, hidden}), data("shared_w3.bias", {width})};
+    source.shared_norm_weight = data("shared_norm.weight", {hidden});
+    source.shared_norm_bias = data("shared_norm.bias", {hidden});
+    source.routed = {w1.data(),
+                     data("b1", {experts, hidden}),
+                     data("w2", {experts, hidden, width}),
+                     data("b2", {experts, hidden}),
+                     data("w3", {experts, width, hidden}),
+                     data("b3", {experts, width})};
+    source.norm_weight = data("norm.weight", {hidden});
+    source.norm_bias = data("norm.bias", {hidden});
+    source.shared_gate_weight = data("shared_gate.weight", {1, width});
+    source.shared_gate_bias = data("shared_gate.bias", {1});
+    source.expert_gate_weight = data("expert_gate.weight", {experts, width});
+    source.expert_gate_bias = data("expert_gate.bias", {experts});
+    source.expert_bias = data("expert_bias", {experts});
+    if (weights.size() != known.size()) throw py::value_error("weights holds names that are not known.");
+    return {source, kernels};
+}
+
+class Decoder {
+public:
+    Decoder(const py::dict& weights, const py::dict& sizes, const std::string& isa)
+        : decoder_(make(weights, sizes, kernels_named(isa))) {}
+
+    // -> logits inside the box, box in tokens, low logits
+    py::tuple decode(const py::object& tokens_object, const py::list& edges, const py::list& scales,
+                     const py::object& cosines_object, const py::object& sines_object, const py::object& state_object,
+                     const std::optional<std::array<std::int64_t, 4>>& forced) const {
+        const i2f::DecoderSizes& sizes = decoder_->sizes();
+        const auto tokens = typed<float>(tokens_object, "tokens", 3);
+        const std::int64_t rows = tokens.shape(0);
+        const std::int64_t columns = tokens.shape(1);
+        require_shape(tokens, "tokens", {rows, columns, sizes.width});
+        require_contiguous(tokens, "tokens");
+        if (rows < 1 || columns < 1 || rows > kMaxTokens || columns > kMaxTokens) {
+            throw py::value_error("tokens must have 1 to 4096 rows and columns, not shape " +
+                                  shape_text(shape_of(tokens)) + ".");
+        }
+        i2f::EncodedImage image{};
+        image.rows = rows;
+        image.columns = columns;
+        image.tokens = tokens.data();
+        if (edges.size() != 4 || scales.size() != 4) throw py::value_error("edges and scales must hold 4 arrays each.");
+        std::vector<py::array> alive;
+        for (std::size_t j = 0; j < 4; ++j) {
+            const std::string name = "edges[" + std::to_string(j) + "]";
+            const std::int64_t outputs = j < 3 ? sizes.up[j + 1] : 1;
+            const std::vector<std::int64_t> size{i2f::edge_map_size(outputs, rows, columns, static_cast<int>(j))};
+            i2f::EdgeMaps& maps = image.edges[j];
+            if (py::isinstance<py::array_t<std::int16_t>>(edges[j])) {
+                const auto array = typed<std::int16_t>(edges[j], name, 1);
+                maps.packed = array.data();
+                alive.push_back(array);
+            } else {
+                const auto array = typed<float>(edges[j], name, 1);
+                maps.exact = array.data();
+                alive.push_back(array);
+            }
+            require_shape(alive.back(), name, size);
             require_contiguous(alive.back(), name);
-            return alive.back();
-        };
-        const py::array_t<float> w1 = get("w1", 3);
-        const std::int64_t experts = w1.shape(0);
-        const std::int64_t hidden = w1.shape(1);
-        const std::int64_t width = w1.shape(2);
-        if (experts < 1 || experts > i2f::kMaxExperts) {
-            throw py::value_error("w1 must hold 1 to 64 experts, not " + std::to_string(experts) + ".");
+            const auto scale = typed<float>(scales[j], "scales[" + std::to_string(j) + "]", 1);
+            require_shape(scale, "scales[" + std::to_string(j) + "]", {outputs});
+            require_contiguous(scale, "scales[" + std::to_string(j) + "]");
+            maps.scale = scale.data();
+            alive.push_back(scale);
         }
-        if (hidden < 1 || hidden > kMaxSide || width < 1 || width > kMaxSide) {
-            throw py::value_error("w1 must have shape [experts, hidden, width], not " + shape_text(shape_of(w1)) + ".");
+        const auto cosines = typed<float>(cosines_object, "cosines", 2);
+        const auto sines = typed<float>(sines_object, "sines", 2);
+        require_shape(cosines, "cosines", {rows * columns, sizes.attention / 2});
+        require_shape(sines, "sines", {rows * columns, sizes.attention / 2});
+        require_contiguous(cosines, "cosines");
+        require_contiguous(sines, "sines");
+        image.cosines = cosines.data();
+        image.sines = sines.data();
+        const auto state = typed<std::uint8_t>(state_object, "state", 2);
+        require_shape(state, "state", {16 * rows, 16 * columns});
+        const std::ptrdiff_t stride = row_stride(state, "state");
+        const std::uint8_t* const states = state.data();
+
+        py::array_t<float> low(std::vector<py::ssize_t>{rows, columns});
+        float* const low_data = low.mutable_data();
+        static thread_local i2f::Arena arena;
+        i2f::TokenBox box{};
+        bool known = true;
+        float* x = nullptr;
+        {
+            const py::gil_scoped_release unlocked;
+            i2f::Box told{};
+            known = i2f::prompt_box(decoder_->kernels(), states, stride, 16 * rows, 16 * columns, told);
+            if (known) {
+                x = reinterpret_cast<float*>(
+                    arena.get(static_cast<std::size_t>(rows * columns * sizes.width) * sizeof(float)));
+                box = decoder_->locate(image, states, stride, told, low_data, x);
+            }
         }
-        const auto data = [&](const char* name, const std::vector<std::int64_t>& shape) {
-            const py::array_t<float> array = get(name, static_cast<py::ssize_t>(shape.size()));
-            require_shape(array, name, shape);
-            return array.data();
-        };
-        i2f::HmoeSource source{};
-        source.width = width;
-        source.hidden = hidden;
-        source.experts = experts;
-        source.shared = {data("shared_w1.weight", {hidden, width}), data("shared_w1.bias", {hidden}),
-                         data("shared_w2.weight", {hidden, width}), data("shared_w2.bias", {hidden}),
-                         data("shared_w3.weight", {width, hidden}), data("shared_w3.bias", {width})};
-        source.shared_norm_weight = data("shared_norm.weight", {hidden});
-        source.shared_norm_bias = data("shared_norm.bias", {hidden});
-        source.routed = {w1.data(),
-                         data("b1", {experts, hidden}),
-                         data("w2", {experts, hidden, width}),
-                         data("b2", {experts, hidden}),
-                         data("w3", {experts, width, hidden}),
-                         data("b3", {experts, width})};
-        source.norm_weight = data("norm.weight", {hidden});
-        source.norm_bias = data("norm.bias", {hidden});
-        source.shared_gate_weight = data("shared_gate.weight", {1, width});
-        source.shared_gate_bias = data("shared_gate.bias", {1});
-        source.expert_gate_weight = data("expert_gate.weight", {experts, width});
-        source.expert_gate_bias = data("expert_gate.bias", {experts});
-        source.expert_bias = data("expert_bias", {experts});
-        if (weights.size() != known.size()) throw py::value_error("weights holds names that are not known.");
-        return {source, kernels};
+        if (!known) throw py::value_error("state holds a value above 4; states are 0 to 4.");
+        if (forced) {
+            const auto [left, top, right, bottom] = *forced;
+            if (left < 0 || top < 0 || right > columns || bottom > rows || left >= right || top >= bottom) {
+                throw py::value_error("box " + shape_text({left, top, right, bottom}) +
+                                      " must be left, top, right, bottom in tokens.");
+            }
+            box = {left, top, right, bottom};
+        }
+        py::array_t<float> logits(std::vector<py::ssize_t>{16 * (box.bottom - box.top), 16 * (box.right - box.left)});
+        float* const to = logits.mutable_data();
+        {
+            const py::gil_scoped_release unlocked;
+            decoder_->draw(image, x, box, to);
+        }
+        return py::make_tuple(logits, py::make_tuple(box.left, box.top, box.right, box.bottom), low);
     }
 
-    i2f::Hmoe hmoe_;
+    std::string isa() const { return decoder_->kernels().name; }
+    std::size_t nbytes() const { return decoder_->bytes(); }
+
+private:
+    static constexpr std::int64_t kMaxTokens = 4096;
+
+    static std::unique_ptr<i2f::Decoder> make(const py::dict& weights, const py::dict& sizes,
+                                              const i2f::Kernels& kernels) {
+        const auto number = [&](const char* name, std::int64_t low, std::int64_t high) {
+            if (!sizes.contains(name)) throw py::value_error(std::string("Size '") + name + "' is missing.");
+            const auto value = sizes[name].cast<std::int64_t>();
+            if (value < low || value > high) {
+                throw py::value_error(std::string(name) + " must be " + std::to_string(low) + " to " +
+                                      std::to_string(high) + ", not " + std::to_string(value) + ".");
+            }
+            return value;
+        };
+        i2f::DecoderSizes s{};
+        s.width = number("embed_dim", 1, kMaxSide);
+        s.attention = number("attention_dim", 2, kMaxSide);
+        if (s.attention % 2 != 0) throw py::value_error("attention_dim must be even.");
+        s.bits = number("code_bits", 1, 12);
+        s.blocks = number("decoder_blocks", 1, 64);
+        for (int j = 0; j < 3; ++j) s.prompt[j] = number(("prompt_" + std::to_string(j)).c_str(), 1, kMaxSide);
+        s.up[0] = s.width;
+        for (int j = 1; j < 4; ++j) s.up[j] = number(("up_" + std::to_string(j)).c_str(), 1, kMaxSide);
+        s.per_pixel_norm = number("per_pixel_norm", 0, 1) == 1;
+        s.constant_is_edge = number("constant_is_edge", 0, 1) == 1;
+        s.low_threshold = sizes["low_threshold"].cast<float>();
+        std::vector<i2f::Hmoe> experts;
+        for (std::int64_t i = 0; i < s.blocks; ++i) {
+            const std::string prefix = "blocks." + std::to_string(i) + ".experts.";
+            py::dict part;
+            for (const auto& item : weights) {
+                const auto name = item.first.cast<std::string>();
+                if (name.compare(0, prefix.size(), prefix) == 0) part[py::str(name.substr(prefix.size()))] = item.second;
+            }
+            experts.push_back(HybridExperts::pack(part, kernels));
+            if (experts.back().width() != s.width) throw py::value_error("The experts are not embed_dim wide.");
+        }
+        const i2f::GetWeight get = [&](const std::string& name, const std::vector<std::int64_t>& shape) {
+            if (!weights.contains(name)) throw py::value_error("Weight '" + name + "' is missing.");
+            const auto array = typed<float>(weights[py::str(name)], name, static_cast<py::ssize_t>(shape.size()));
+            require_shape(array, name, shape);
+            require_contiguous(array, name);
+            return array.data();  // the dict keeps it alive
+        };
+        return std::make_unique<i2f::Decoder>(get, s, std::move(experts), kernels);
+    }
+
+    std::unique_ptr<i2f::Decoder> decoder_;
 };
 
 py::array_t<bool> edge_tokens(const py::object& reference_object, const std::array<std::int64_t, 4>& box,
@@ -306,4 +457,11 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         .def("route", &HybridExperts::route, py::arg("x"))
         .def_property_readonly("isa", &HybridExperts::isa)
         .def_property_readonly("nbytes", &HybridExperts::nbytes);
+    py::class_<Decoder>(m, "Decoder")
+        .def(py::init<const py::dict&, const py::dict&, const std::string&>(), py::arg("weights"), py::arg("sizes"),
+             py::arg("isa") = "auto")
+        .def("decode", &Decoder::decode, py::arg("tokens"), py::arg("edges"), py::arg("scales"), py::arg("cosines"),
+             py::arg("sines"), py::arg("state"), py::arg("box") = py::none())
+        .def_property_readonly("isa", &Decoder::isa)
+        .def_property_readonly("nbytes", &Decoder::nbytes);
 }

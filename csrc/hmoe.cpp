@@ -3,12 +3,11 @@
 #include <algorithm>
 #include <cstring>
 
+#include "packing.h"
 #include "thread_pool.h"
 
 namespace i2f {
 namespace {
-
-std::int64_t blocks_of(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
 
 // Hands out 64-byte aligned pieces, zero-filled; without memory it only counts.
 class Packer {

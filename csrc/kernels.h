@@ -45,6 +45,58 @@ struct Rows {
 constexpr std::int64_t kMaxRows = 48;
 constexpr float kNormEps = 1e-5F;
 
+// A linear layer for a path of P columns a panel (Kernels::panel).
+struct LinearWeights {
+    std::int64_t terms;
+    std::int64_t outputs;
+    const float* w;  // [ceil(outputs / P)][terms][P]
+    const float* b;  // [outputs rounded up to P]
+};
+
+enum class Finish { plain, relu, silu, add };  // add: to what the output held
+
+// Maps to normalise, channel by channel: z [terms, plane], of which `plane` floats are from channel to channel.
+struct PanelSource {
+    const float* z;
+    std::ptrdiff_t plane;
+    std::int64_t terms;
+    const float* scale;  // [terms]; per pixel: the norm's weight
+    const float* shift;  // [terms]; per pixel: the norm's bias
+    bool per_pixel;      // normalise each pixel over its channels first
+};
+
+// One row of conv3x3(bicubic x2 (z) + edges): sums of rows of the nine products W_tap z, made at low resolution.
+struct UpRow {
+    const float* rows[3][12];  // for each column of the kernel, the rows that the vertical interpolations add
+    float weights[12];
+    int count;           // of the 12; fewer at the crop's first and last row
+    std::int64_t width;  // low resolution
+    const float* edge;   // [2 width], added to the result
+    bool silu;
+    float* out;          // [2 width]
+};
+
+// Keys and values of all tokens, packed.
+struct KeyValues {
+    std::int64_t width;  // a
+    std::int64_t keys;   // N
+    const float* k;      // [ceil(N / P)][a][P]
+    const float* v;      // [ceil(a / P)][N][P]
+};
+
+// What is known of the keys of every BSQ code.
+struct CodeValues {
+    std::int64_t width;     // a
+    std::int64_t bits;      // 2^bits codes
+    LinearWeights book;     // codebook: `bits` columns for bit 1, `bits` for bit 0
+    const float* counts;    // [2^bits] keys with that code
+    const float* values;    // [ceil(a / P)][2^bits][P] sum of their values
+};
+
+constexpr std::int64_t kKeyChunk = 512;   // keys whose scores are held at a time
+constexpr std::int64_t kQueryRows = 24;   // queries a call of `attend` or `bsq`
+constexpr std::int64_t kUpPad = 64;       // floats that up_row may read or write behind a row
+
 // One instruction set. `ffn` and `gates` use `scratch`, 64-byte aligned, of scratch_floats() floats (hmoe.h).
 struct Kernels {
     const char* name;
@@ -68,7 +120,43 @@ struct Kernels {
     // out = the reference mask after a prediction (0 or not); returns the largest state that was met.
     std::uint8_t (*transition)(const std::uint8_t* state, const std::uint8_t* prediction, std::int64_t count,
                                std::uint8_t* out);
+
+    std::int64_t panel;  // P of the functions below
+
+    // out[i] = finish(w x[i] + b)
+    void (*linear)(const LinearWeights& weights, const float* x, std::ptrdiff_t x_stride, std::int64_t count,
+                   Finish finish, float* out, std::ptrdiff_t out_stride);
+
+    // v[i] = norm(v[i]) in place; weight and bias are padded, and rows have room, to a multiple of P.
+    void (*norm)(float* v, std::ptrdiff_t stride, std::int64_t count, std::int64_t width, const float* weight,
+                 const float* bias);
+
+    // out [terms, P] = normalised pixels first .. first + count - 1 (count <= P) of every channel, zeros behind.
+    void (*pack_pixels)(const PanelSource& source, std::int64_t first, std::int64_t count, float* out);
+
+    // out[i, p P + j] = rows[i] . panel p, column j
+    void (*taps)(const float* rows, std::int64_t count, std::int64_t terms, const float* panels, std::int64_t n_panels,
+                 float* out, std::ptrdiff_t out_stride);
+
+    // sums: of the result and of its squares. scratch: 3 (width + kUpPad) floats.
+    void (*up_row)(const UpRow& row, float* scratch, float* sums);
+
+    // out[i] = softmax(q[i] k) v; scratch of attend_floats(). q is scaled and turned.
+    void (*attend)(const KeyValues& keys, const float* q, std::ptrdiff_t q_stride, std::int64_t count, float* out,
+                   std::ptrdiff_t out_stride, float* scratch);
+
+    // The same over codes instead of keys; scratch of bsq_floats().
+    void (*bsq)(const CodeValues& codes, const float* q, std::ptrdiff_t q_stride, std::int64_t count, float* out,
+                std::ptrdiff_t out_stride, float* scratch);
 };
+
+constexpr std::int64_t round_to(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
+constexpr std::int64_t attend_floats(std::int64_t width, std::int64_t panel) {
+    return kQueryRows * (kKeyChunk + round_to(width, panel) * 2 + 2);
+}
+constexpr std::int64_t bsq_floats(std::int64_t width, std::int64_t bits, std::int64_t panel) {
+    return kQueryRows * (round_to(std::int64_t{1} << bits, 64) + round_to(2 * bits, panel) + round_to(width, panel)) + 128;
+}
 
 extern const Kernels kScalar;
 extern const Kernels kPortable;

@@ -46,6 +46,12 @@ struct V {
         return {a.v * (Floats)exponent};  // a cast between vectors keeps the bits
     }
     static float square_root(float a) { return std::sqrt(a); }
+    V root() const { return {Floats{std::sqrt(v[0]), std::sqrt(v[1]), std::sqrt(v[2]), std::sqrt(v[3])}}; }
+    // a0 b0 a1 b1 ...
+    static void zip(V a, V b, float* to) {
+        V{Floats{a.v[0], b.v[0], a.v[1], b.v[1]}}.store(to);
+        V{Floats{a.v[2], b.v[2], a.v[3], b.v[3]}}.store(to + 4);
+    }
     float total() const { return (v[0] + v[2]) + (v[1] + v[3]); }
 };
 
@@ -56,10 +62,14 @@ inline V operator/(V a, V b) { return {a.v / b.v}; }
 
 constexpr int kTile = 6;  // 12 sums and their operands in 16 registers
 
+#include "vector.inc"
 #include "simd_kernels.inc"
+#include "click_kernels.inc"
 
 }  // namespace
 
-const Kernels kPortable = {"portable", "4 floats a step, any CPU", L, kTile, ffn, gates, min_max, find, transition};
+const Kernels kPortable = {
+    "portable", "4 floats a step, any CPU", L, kTile, ffn, gates, min_max, find, transition,
+    P, linear, norm, pack_pixels, taps, up_row, attend, bsq};
 
 }  // namespace i2f

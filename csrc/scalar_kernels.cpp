@@ -74,8 +74,47 @@ void gates(const GateWeights& weights, const Rows& rows, std::int32_t* chosen, f
     }
 }
 
+namespace one_lane {
+
+struct V {
+    static constexpr std::int64_t lanes = 1;
+    float v;
+
+    static V set(float value) { return {value}; }
+    static V load(const float* from) { return {*from}; }
+    static V load_first(const float* from, std::int64_t) { return {*from}; }
+    void store(float* to) const { *to = v; }
+    void store_first(float* to, std::int64_t) const { *to = v; }
+    V keep_first(std::int64_t) const { return *this; }
+    static V fma(V a, V b, V c) { return {a.v * b.v + c.v}; }
+    static V max(V a, V b) { return {a.v > b.v ? a.v : b.v}; }
+    static V min(V a, V b) { return {a.v < b.v ? a.v : b.v}; }
+    static V round(V a) { return {std::nearbyint(a.v)}; }
+    static V scale(V a, V n) { return {std::ldexp(a.v, n.v == n.v ? static_cast<int>(n.v) : 0)}; }  // a * 2^n
+    static float square_root(float a) { return std::sqrt(a); }
+    V root() const { return {std::sqrt(v)}; }
+    static void zip(V a, V b, float* to) {
+        to[0] = a.v;
+        to[1] = b.v;
+    }
+    float total() const { return v; }
+};
+
+inline V operator+(V a, V b) { return {a.v + b.v}; }
+inline V operator-(V a, V b) { return {a.v - b.v}; }
+inline V operator*(V a, V b) { return {a.v * b.v}; }
+inline V operator/(V a, V b) { return {a.v / b.v}; }
+
+constexpr int kTile = 1;
+
+#include "vector.inc"
+#include "click_kernels.inc"
+
+}  // namespace one_lane
 }  // namespace
 
-const Kernels kScalar = {"scalar", "one number at a time, the specification", L, 1, ffn, gates, min_max, find, transition};
+const Kernels kScalar = {"scalar", "one number at a time, the specification", L, 1, ffn, gates, min_max, find,
+                         transition, one_lane::P, one_lane::linear, one_lane::norm, one_lane::pack_pixels,
+                         one_lane::taps, one_lane::up_row, one_lane::attend, one_lane::bsq};
 
 }  // namespace i2f

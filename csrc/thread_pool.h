@@ -21,4 +21,13 @@ void set_threads(int count);  // count >= 1, the caller's thread included
 // the last. A worker number is used by one thread at a time.
 void parallel(std::int64_t items, int limit, Work work, void* context);
 
+// The same for a function object, body(item, worker).
+template <class Body>
+void for_items(std::int64_t items, int limit, const Body& body) {
+    parallel(
+        items, limit,
+        [](void* context, std::int64_t item, int worker) { (*static_cast<const Body*>(context))(item, worker); },
+        const_cast<Body*>(&body));
+}
+
 }  // namespace i2f

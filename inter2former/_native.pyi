@@ -33,3 +33,22 @@ class HybridExperts:
     def isa(self) -> str: ...
     @property
     def nbytes(self) -> int: ...
+
+class Decoder:
+    def __init__(
+        self, weights: dict[str, npt.NDArray[Any]], sizes: dict[str, int | float], isa: str = "auto"
+    ) -> None: ...
+    def decode(
+        self,
+        tokens: npt.NDArray[np.float32],
+        edges: list[npt.NDArray[Any]],
+        scales: list[npt.NDArray[np.float32]],
+        cosines: npt.NDArray[np.float32],
+        sines: npt.NDArray[np.float32],
+        state: npt.NDArray[np.uint8],
+        box: tuple[int, int, int, int] | None = None,
+    ) -> tuple[npt.NDArray[np.float32], tuple[int, int, int, int], npt.NDArray[np.float32]]: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...

@@ -24,7 +24,7 @@ from inter2former.nn import attention
 from inter2former.nn.experts import HybridExperts
 from inter2former.nn.prompt_embedding import PixelBox
 
-INTERFACE = 1  # of csrc/bindings.cpp; a module of another version is not used
+INTERFACE = 2  # of csrc/bindings.cpp; a module of another version is not used
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,11 @@ def experts(module: HybridExperts, isa: str = "auto") -> Callable[[Tensor, Tenso
         return torch.from_numpy(packed.forward(rows.detach().numpy(), edge.numpy()))
 
     return forward
+
+
+def module() -> ModuleType | None:
+    """The compiled module; None where it is absent."""
+    return _load()[0]
 
 
 def edge_tokens(

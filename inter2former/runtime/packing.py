@@ -1,9 +1,9 @@
 """Make a loaded model ready to serve: the same function, fewer memory moves. What is packed is not trained again.
 
-Experts and edge tokens go to the native module. Linear layers get oneDNN's own weight layout (private operators that
-inductor's freezing uses: twice the speed of the plain product on CPUs where the BLAS is slow, equal elsewhere), batch
-norms fold into their convolutions, convolutions run channels last, constants of the weights are computed once. Each
-step keeps the function up to float32 rounding; the plain model is the twin that tests compare with.
+Clicks go to the native decoder where there is a compiled module. Linear layers get oneDNN's own weight layout
+(private operators that inductor's freezing uses: twice the speed of the plain product on CPUs where the BLAS is slow,
+equal elsewhere), batch norms fold into their convolutions, convolutions run channels last, constants of the weights are
+computed once. Each step keeps the function up to float32 rounding; the plain model is the twin that tests compare with.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from inter2former.nn.encoder import ConvUnit
-from inter2former.nn.experts import HybridExperts
 from inter2former.nn.model import Inter2Former
 from inter2former.runtime import native
+from inter2former.runtime.decoder import FusedDecoder
 
 _LOG = logging.getLogger(__name__)
 _ROWS_HINT = 4096  # tokens at T = 1024; one packing serves every number of rows
@@ -37,18 +37,6 @@ class PackedLinear(nn.Module):
         """x float32 [..., in] -> [..., out]."""
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return out
-
-
-class NativeExperts(nn.Module):
-    """The experts of a block in the native module (its PyTorch twin where there is none)."""
-
-    def __init__(self, experts: HybridExperts) -> None:
-        super().__init__()
-        self._forward = native.experts(experts)
-
-    def forward(self, x: Tensor, edge: Tensor) -> Tensor:
-        """x float32 [N, d], edge bool [N] -> [N, d]."""
-        return self._forward(x, edge)
 
 
 @functools.cache
@@ -80,10 +68,12 @@ def pack(model: Inter2Former) -> Inter2Former:
         model.prompt.fix_background()
         for block in model.blocks:
             block.attention.fix_code_table()  # type: ignore[operator, union-attr]
-            block.experts = NativeExperts(block.experts)  # type: ignore[arg-type]
-        model.find_edge_tokens = native.edge_tokens
+        compiled = native.module()
+        if compiled is not None:
+            fused = FusedDecoder(model, compiled)
+            model.encode, model.decode = fused.encode, fused.decode  # type: ignore[method-assign, assignment]
         if packed_linear_works():
-            _pack_linears(model)
+            _pack_linears(model.encoder if compiled is not None else model)
     return model
 
 
