@@ -69,6 +69,9 @@ class Settings(BaseSettings):
         default=None, validate_default=True, description="a password; needs I2F_BASIC_AUTH_USER"
     )
     cvat_response: Literal["mask", "shapes", "auto"] = Field(default="auto", description="mask, shapes or auto")
+    cvat_servers: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="addresses of servers that compute for the nuclio function, separated by commas"
+    )
     log_json: bool = Field(default=False, description="true or false")
 
     label_studio_url: str | None = Field(
@@ -168,15 +171,13 @@ class Settings(BaseSettings):
     @field_validator("label_studio_url", "cvat_url")
     @classmethod
     def _is_address(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        parts = urlsplit(value)
-        _ = parts.port  # raises ValueError when it is none
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError
-        if "@" in parts.netloc or any(ch.isspace() for ch in value):
-            raise ValueError
-        return value.rstrip("/")
+        return None if value is None else _address(value)
+
+    @field_validator("cvat_servers", mode="before")
+    @classmethod
+    def _are_addresses(cls, value: Any) -> tuple[str, ...]:
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(_address(part.strip()) for part in parts)
 
     @field_validator("label_studio_api_key", "cvat_access_token")
     @classmethod
@@ -199,6 +200,17 @@ def load_settings() -> Settings:
         lines = sorted({_line(str(error["loc"][0]), error.get("input")) for error in problem.errors()})
         count = "1 setting is wrong:" if len(lines) == 1 else f"{len(lines)} settings are wrong:"
     raise ConfigError("\n".join([count, *lines]))  # outside of the except: no traceback of the checker's own
+
+
+def _address(value: str) -> str:
+    """An http(s) address without a slash at its end; ValueError for anything else."""
+    parts = urlsplit(value)
+    _ = parts.port  # raises ValueError when it is none
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError
+    if "@" in parts.netloc or any(ch.isspace() for ch in value):
+        raise ValueError
+    return value.rstrip("/")
 
 
 def _line(location: str, value: Any) -> str:

@@ -1,5 +1,8 @@
 """The nuclio function: `init_context` once a worker, `handler` once a click. Translates events and responses of
 nuclio_sdk and nothing else; the work is in service.py.
+
+A worker of nuclio is a process: weights and caches of its own, one click at a time. So the function has one worker; or,
+with I2F_CVAT_SERVERS, any number of workers that compute nothing and ask the servers, which share what they know.
 """
 
 from __future__ import annotations
@@ -12,16 +15,17 @@ from typing import Any
 from backends.common.log import configure
 from backends.common.server import warm_segmenter
 from backends.common.settings import Settings, load_settings
+from backends.cvat_nuclio.replicas import Replicas
 from backends.cvat_nuclio.server_version import ReadsShapes
 from backends.cvat_nuclio.service import Interactor, refused
 
 log = logging.getLogger(__name__)
 
 _lock = threading.Lock()
-_interactor: Interactor | None = None
+_interactor: Interactor | Replicas | None = None
 
 
-def shared_interactor() -> Interactor:
+def shared_interactor() -> Interactor | Replicas:
     """The one interactor of this process, made from the environment: weights and caches exist once, whoever asks.
 
     raises  ConfigError with every wrong setting, CheckpointError
@@ -35,7 +39,7 @@ def shared_interactor() -> Interactor:
                 log.warning(
                     "I2F_BASIC_AUTH_USER guards no door of CVAT: CVAT cannot log in. Keep it on an inner network."
                 )
-            _interactor = create_interactor(settings)
+            _interactor = Replicas(settings.cvat_servers) if settings.cvat_servers else create_interactor(settings)
         return _interactor
 
 
@@ -61,7 +65,7 @@ def init_context(context: Any) -> None:
 
 def handler(context: Any, event: Any) -> Any:
     """One event of nuclio_sdk, one `context.Response`. Never raises."""
-    interactor: Interactor = getattr(context.user_data, "interactor", None) or shared_interactor()
+    interactor: Interactor | Replicas = getattr(context.user_data, "interactor", None) or shared_interactor()
     headers = _texts(getattr(event, "headers", None))
     method, path = _text(getattr(event, "method", "")).upper(), _text(getattr(event, "path", "")).rstrip("/")
     if path == "/metrics":

@@ -52,22 +52,24 @@ class Replicas:
             away = {address for address, until in self._away.items() if until > now}
         return sorted(self.addresses, key=lambda address: (address not in away, _weight(digest, address)), reverse=True)
 
-    def answer(self, body: bytes, *, accepts_gzip: bool = False, request_id: str | None = None) -> Reply:
+    def answer(self, body: object, *, accepts_gzip: bool = False, request_id: str | None = None) -> Reply:
         """The answer of the first replica that can be reached. Never raises."""
         try:
-            reply = self._ask(body, accepts_gzip, new_request_id(request_id))
+            digest = contract.parse(body).image_digest
+            data = body if isinstance(body, bytes) else body.encode() if isinstance(body, str) else contract.dump(body)
+            reply = self._ask(digest, data, accepts_gzip, new_request_id(request_id))
         except Exception as error:
             reply = failed(error)
         self.metrics.request("click", reply.status)
         return reply
 
-    def _ask(self, body: bytes, accepts_gzip: bool, request_id: str) -> Reply:
+    def _ask(self, digest: str, body: bytes, accepts_gzip: bool, request_id: str) -> Reply:
         headers = {
             "Content-Type": "application/json",
             "Accept-Encoding": "gzip" if accepts_gzip else "identity",
             "X-Request-Id": request_id,
         }
-        for address in self.order(contract.parse(body).image_digest):
+        for address in self.order(digest):
             try:
                 with self._client.stream("POST", address + "/", content=body, headers=headers) as answer:
                     data = b"".join(answer.iter_raw())

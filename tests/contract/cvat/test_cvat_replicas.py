@@ -198,6 +198,25 @@ def test_errors_gzip_and_ids_come_through_the_gateway(pair):
         assert (broken.status_code, broken.json()["error"]) == (400, "request")
 
 
+@pytest.mark.parametrize("content_type", ["application/json", "text/plain"])
+def test_workers_of_nuclio_that_ask_servers_share_one_encode(pair, monkeypatch, content_type):
+    interactors, addresses = pair
+    monkeypatch.setenv("I2F_CVAT_SERVERS", ", ".join(addresses))
+    answers = []
+    for _ in range(3):  # three workers: processes that have nothing in common
+        monkeypatch.setattr(main, "_interactor", None)
+        context = nuclio_sdk.Context()
+        main.init_context(context)
+        worker = serve.create_app(main.handler, context).test_client()
+        answers.append(worker.post("/", data=body(picture(0), [(48, 48)]), content_type=content_type))
+        assert worker.get("/health").json["status"] == "UP"
+    monkeypatch.setattr(main, "_interactor", None)
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert len({answer.data for answer in answers}) == 1
+    assert sum(one.segmenter.encodes for one in interactors) == 1
+    assert worker.post("/", data=b'{"image": "QQ=="}').status_code == 400
+
+
 # -- the version of CVAT ----------------------------------------------------------------------------------------------
 
 
