@@ -49,7 +49,7 @@ ModelSize = int | Literal["auto"]
 TokenBox = tuple[int, int, int, int]  # left, top, right, bottom; half-open
 ModelClick = tuple[int, int, bool]  # row, column, positive; model pixels
 
-CACHE_BYTES = 512 * 2**20  # seven images at T=1024 of the base model, about sixty at T=512 of the starter
+CACHE_BYTES = 512 * 2**20  # twenty images at T=1024 of the base model, hundreds at T=256 of the starter
 SIZE_STEP, MIN_SIZE, MAX_SIZE = 256, 256, 4096
 STAGES = ("decode_image", "prepare", "encode", "click", "resize")
 
