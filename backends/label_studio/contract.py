@@ -158,6 +158,7 @@ class PredictRequest:
     """The checked frame of a /predict body; the task itself is only looked at as far as it is needed.
 
     event   what newer pages ask for: predict (also when nothing is said), capabilities, prewarm, release
+    wait    whether prewarm is answered when it is done, and not at once
     """
 
     tasks: tuple[Mapping[str, Any], ...]
@@ -165,6 +166,7 @@ class PredictRequest:
     label_config: str
     context: tuple[Mapping[str, Any], ...]
     event: str = "predict"
+    wait: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +200,7 @@ def parse_predict(body: Any) -> PredictRequest:
         label_config=_text(body.get("label_config")),
         context=entries,
         event=_text(given.get("event")) or "predict",
+        wait=given.get("wait") is True,
     )
 
 

@@ -210,7 +210,11 @@ class Backend:
             return None
         if request.event == "prewarm":
             ready = self._is_encoded(request, request.tasks[0], config)
-            if not ready:
+            if not ready and request.wait:
+                with self._admission.place():
+                    self._encode(request, request.tasks[0])
+                ready = True
+            elif not ready:
                 self._encode_ahead(request, request.tasks[0])
             value = {"status": "ok", "cached": [0] if ready else [], "pending": [] if ready else [0]}
         elif request.event == "release":
@@ -317,7 +321,9 @@ class Backend:
         )
         return contract.prediction(regions, score, self.model_version)
 
-    def _known(self, file: ImageFile, name: str, ticket: Ticket, trace: Trace) -> KnownImage:
+    def _known(
+        self, file: ImageFile, name: str, ticket: Ticket, trace: Trace, *, wait_s: float | None = None
+    ) -> KnownImage:
         """The image with its name and, unless the cache is too small for it, its encoding."""
         try:
             if self.segmenter.is_encoded(file.data):
@@ -325,7 +331,7 @@ class Backend:
                     return self.segmenter.known(file.data)
             with contextlib.ExitStack() as turn:
                 with trace.stage("queue"):
-                    turn.enter_context(self._encodes.turn(ticket))
+                    turn.enter_context(self._encodes.turn(ticket, wait_s=wait_s))
                 with trace.stage("decode_image"):
                     image = self.segmenter.known(file.data)
                 self._keep(file)
@@ -429,18 +435,14 @@ class Backend:
 
     def _encode_ahead(self, request: contract.PredictRequest, task: Mapping[str, Any]) -> None:
         """Fetch and encode the image of a task in the background."""
+        self._in_background(lambda: self._encode(request, task))
 
-        def work() -> None:
-            config = contract.parse_config(request.label_config)
-            file = self._image(request, task, contract.image_address(task, config), Trace())
-            if self.segmenter.is_encoded(file.data):
-                self._keep(file)
-                return
-            with self._encodes.turn(Ticket(AHEAD), wait_s=AHEAD_WAIT_S):
-                self.segmenter.prefetch(file.data)
-            self._keep(file)
-
-        self._in_background(work)
+    def _encode(self, request: contract.PredictRequest, task: Mapping[str, Any]) -> None:
+        """Fetch and encode the first image of a task, when nobody waits for another one."""
+        config = contract.parse_config(request.label_config)
+        file = self._image(request, task, contract.image_address(task, config), Trace())
+        self._known(file, _task_name(task), Ticket(AHEAD), Trace(), wait_s=AHEAD_WAIT_S)
+        self._keep(file)
 
     def _encode_next(self, request: contract.PredictRequest) -> None:
         """The same for the tasks that the platform shows after this one."""

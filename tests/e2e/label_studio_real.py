@@ -224,6 +224,12 @@ class Client:
         ml = self.call("POST", "/api/ml", json=body | form)
         return Project(self, project["id"], ml["id"], ml["model_version"], sorted(task["id"] for task in tasks))
 
+    def drafts(self, task: int) -> list[Entry]:
+        return list(self.call("GET", f"/api/tasks/{task}/drafts"))
+
+    def export(self, project: int) -> list[Entry]:
+        return list(self.call("GET", f"/api/projects/{project}/export?exportType=JSON"))
+
     def tasks(self, project: int) -> list[Entry]:
         return list(self.call("GET", f"/api/tasks?project={project}&page_size=100&fields=all")["tasks"])
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import io
+import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from label_studio_real import Client, Photo, backend, click, forgotten, free_port, metric, rectangle
+from label_studio_real import Client, Photo, backend, checked_mask, click, forgotten, free_port, metric, rectangle
 from PIL import Image
+
+from backends.label_studio.__main__ import main
+from inter2former import brush_rle
 
 MakePhoto = Callable[[str], Photo]
 PHOTOS = Path(__file__).resolve().parents[1] / "fixtures" / "label_studio" / "images"
@@ -134,3 +140,112 @@ def test_tokens_passwords_and_a_restart(
         assert other.ask(other.tasks[0], [first]).get("errors")
     finally:
         client.allow_legacy_tokens(True)
+
+
+KINDS = (
+    "jpg", "jpg L", "jpg CMYK", "png", "png L", "png LA", "png P", "png RGBA", "png 1", "png I;16", "webp", "webp RGBA",
+    "bmp", "gif", *(f"jpg exif {orientation}" for orientation in range(2, 9)),
+)  # fmt: skip
+
+
+def test_exported_masks_are_the_served_ones_whatever_the_file(client: Client, server: str, tmp_path: Path) -> None:
+    photos = [_photo(tmp_path, number, kind) for number, kind in enumerate(KINDS)]
+    project = client.project(photos, server)
+    assert len(photos) >= 20
+    served = {}
+    for task, (_, size) in zip(project.tasks, photos, strict=True):
+        context = [click(40, 60, size), click(95, 5, size, False)]
+        regions = project.regions(task, context)
+        served[task] = checked_mask(regions, context)
+        client.call("POST", f"/api/tasks/{task}/annotations", json={"result": regions})
+    exported = {one["id"]: one["annotations"][0]["result"] for one in client.export(project.id)}
+    assert sorted(exported) == project.tasks
+    for task, (_, (width, height)) in zip(project.tasks, photos, strict=True):
+        (entry,) = exported[task]
+        assert served[task].shape == (height, width)
+        assert np.array_equal(brush_rle.decode(entry["value"]["rle"], height, width), served[task])
+    # The platform's own reading of them.
+    archive = client.call("GET", f"/api/projects/{project.id}/export?exportType=BRUSH_TO_PNG")
+    with zipfile.ZipFile(io.BytesIO(archive)) as files:
+        names = [name for name in files.namelist() if name.endswith(".png")]
+        for name in names:
+            task = int(name.split("task-")[1].split("-")[0])
+            assert np.array_equal(np.asarray(Image.open(io.BytesIO(files.read(name)))) > 0, served[task]), name
+    assert len(names) == len(photos)
+
+
+def _photo(folder: Path, number: int, kind: str) -> Photo:
+    """A file of a kind, each of another size, and the size that a browser shows."""
+    suffix, _, mode = kind.partition(" ")
+    with Image.open(PHOTOS / "chelsea.jpg") as picture:
+        image = picture.convert("RGB").resize((120 + 3 * number, 91 + 2 * number))
+    options: dict[str, Any] = {"quality": 90} if suffix in ("jpg", "webp") else {}
+    shown = image.size
+    if mode.startswith("exif"):
+        exif = Image.Exif()
+        exif[0x0112] = int(mode[-1])
+        options["exif"] = exif
+        shown = shown[::-1] if int(mode[-1]) >= 5 else shown
+    elif mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    elif mode:
+        image = image.convert(mode)
+    path = folder / f"{number:02d}.{suffix}"
+    image.save(path, **options)
+    return Photo(path, shown)
+
+
+def test_connect_doctor_and_precompute(
+    client: Client, photo: MakePhoto, logs: Path, weights: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = [photo("chelsea.jpg"), photo("rocket.jpg"), photo("coffee.jpg")]
+    token = client.personal_access_token()
+    settings = weights | {"LABEL_STUDIO_URL": client.address, "LABEL_STUDIO_API_KEY": token, "I2F_AHEAD_TASKS": "2"}
+    with backend(logs / "tools.txt", **settings) as ours:
+        project = client.project(photos, ours)
+        client.call("DELETE", f"/api/ml/{project.ml}")
+        brush = '<BrushLabels name="b" toName="image"><Label value="Dog"/></BrushLabels>'
+        bad = f'<View><Image name="image" value="$image"/>{brush}</View>'
+        client.call("PATCH", f"/api/projects/{project.id}", json={"label_config": bad})
+        common = [
+            "--label-studio-url",
+            client.address,
+            "--token",
+            token,
+            "--backend",
+            ours,
+            "--project",
+            str(project.id),
+        ]
+        assert main(["doctor", *common]) == 1
+        told = capsys.readouterr().out
+        assert "Run `connect`" in told
+        assert "<KeyPointLabels" in told  # the config that it suggests
+        assert main(["connect", *common, "--set-config"]) == 0
+        assert main(["connect", *common]) == 0  # once more changes nothing
+        assert main(["doctor", *common]) == 0
+        told = capsys.readouterr().out
+        assert "gave a mask" in told
+        assert token not in told
+        assert main(["precompute", *common]) == 0
+        assert "3 of 3 images are known" in capsys.readouterr().err
+        encodes = metric(ours, "inter2former_encodes_total")
+        assert encodes == len(photos)
+        assert main(["precompute", *common]) == 0
+        assert metric(ours, "inter2former_encodes_total") == encodes
+
+
+def test_opening_a_task_looks_at_the_next_ones(
+    client: Client, photo: MakePhoto, logs: Path, weights: dict[str, str]
+) -> None:
+    photos = [photo(name) for name in ("chelsea.jpg", "rocket.jpg", "coffee.jpg", "astronaut.jpg")]
+    settings = weights | {"LABEL_STUDIO_URL": client.address, "LABEL_STUDIO_API_KEY": client.personal_access_token()}
+    with backend(logs / "ahead.txt", **settings, I2F_AHEAD_TASKS="2") as ours:
+        project = client.project(photos, ours)
+        client.call("GET", f"/api/tasks/{project.tasks[0]}?project={project.id}")  # as the page does
+        end = time.monotonic() + 120
+        while metric(ours, "inter2former_encodes_total") < 3:
+            assert time.monotonic() < end, (logs / "ahead.txt").read_text()
+            time.sleep(0.5)
+        project.mask(project.tasks[2], [click(50, 50, photos[2].size)])
+        assert metric(ours, "inter2former_encodes_total") == 3

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
-from label_studio_real import PASSWORD, ROOT, USER, Client, Photo, Project, checked_mask
+from label_studio_real import PASSWORD, ROOT, USER, Client, Photo, Project, backend, checked_mask
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; make e2e installs it")
 
@@ -27,9 +30,9 @@ FLAGS = (
 PATIENCE_MS = 180_000
 PICTURES = ROOT / "out" / "e2e"
 
-_SMART_POINT_IS_CHOSEN = """() => {
+_SMART_TOOL = """name => {
     const tool = ToolManager.getInstance({name: "image"}).findSelectedTool();
-    return !!tool && tool.dynamic && tool.toolName === "KeyPointTool"; }"""
+    return !!tool && tool.dynamic && tool.toolName === name; }"""
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium: install one (apt-get install chromium), or name it in CHROMIUM"
@@ -66,16 +69,46 @@ class LabelingPage:
 
     def click(self, x: float, y: float, *, positive: bool = True) -> dict[str, Any]:
         """A smart click at percent (x, y), label chosen by its key; the platform's answer to it."""
-        # The label after the tool: the other way round the page takes the plain tool. M goes on to the next smart
-        # tool, and a reloaded page remembers the last one. After a click the label is let go.
-        for _ in range(4):
-            if self._page.evaluate(_SMART_POINT_IS_CHOSEN):
+        self._choose("KeyPointTool", "1")
+
+        def act() -> None:
+            if not positive:
+                self._page.keyboard.down("Alt")
+            self._page.mouse.click(*self._place(x, y))
+            if not positive:
+                self._page.keyboard.up("Alt")
+
+        return self._answer_to(act)
+
+    def box(self, x0: float, y0: float, x1: float, y1: float) -> dict[str, Any]:
+        """A smart rectangle between two corners in percent; the platform's answer to it."""
+        self._choose("RectangleTool", "3")  # the points' labels have the first two keys
+
+        def act() -> None:
+            self._page.mouse.move(*self._place(x0, y0))
+            self._page.mouse.down()
+            self._page.mouse.move(*self._place((x0 + x1) / 2, (y0 + y1) / 2), steps=4)
+            self._page.mouse.move(*self._place(x1, y1), steps=4)
+            self._page.mouse.up()
+
+        return self._answer_to(act)
+
+    def _choose(self, tool: str, key: str) -> None:
+        """The label after the tool: the other way round the page takes the plain tool.
+
+        M goes on to the next smart tool, and a reloaded page remembers the last one. After a click the label is let go.
+        """
+        for _ in range(8):
+            if self._page.evaluate(_SMART_TOOL, tool):
                 break
             self._page.keyboard.press("m")
             self._page.wait_for_timeout(300)
-        self._page.keyboard.press("1")
+        self._page.keyboard.press(key)
         self._page.wait_for_timeout(300)
-        where = self._page.evaluate(
+
+    def _place(self, x: float, y: float) -> tuple[float, float]:
+        """Percent of the image as a point of the window."""
+        left, top = self._page.evaluate(
             """([x, y]) => {
                  const image = Htx.annotationStore.selected.names.get("image"), stage = image.stageRef;
                  const place = stage.container().getBoundingClientRect();
@@ -84,16 +117,19 @@ class LabelingPage:
                  return [place.left + point.x, place.top + point.y]; }""",
             [x, y],
         )
+        return left, top
+
+    def _answer_to(self, act: Callable[[], None]) -> dict[str, Any]:
         with self._page.expect_response("**/interactive-annotating*", timeout=PATIENCE_MS) as waiting:
-            if not positive:
-                self._page.keyboard.down("Alt")
-            self._page.mouse.click(*where)
-            if not positive:
-                self._page.keyboard.up("Alt")
+            act()
         answer = waiting.value
         asked = answer.request.post_data_json["context"]["result"]
         self._page.wait_for_function("() => !Htx.awaitingSuggestions && Htx.annotationStore.selected.suggestions.size")
         return {"context": asked, "answer": answer.json()}
+
+    def regions(self) -> int:
+        """How many the annotator sees, without suggestions."""
+        return int(self._page.evaluate("() => Htx.annotationStore.selected.regionStore.regions.length"))
 
     def accept(self) -> None:
         self._page.get_by_test_id("bottombar-accept-suggestions-button").first.click()
@@ -172,3 +208,81 @@ def test_signs_survive_a_reload(client: Client, server: str, photo: Callable[[st
     assert [entry.get("is_positive") for entry in after["context"]] == [None, None, True]
     remembered = [entry | {"is_positive": signs.get(entry["id"], True)} for entry in after["context"]]
     checked_mask(after["answer"]["data"]["result"], remembered)
+
+
+def test_box_second_object_and_a_reload_in_mid_object(
+    client: Client, server: str, photo: Callable[[str], Photo]
+) -> None:
+    project = client.project([photo("coffee.jpg")], server)
+    with opened(project) as page:
+        boxed = page.box(20, 8, 82, 92)
+        page.picture("6-box")
+        page.accept()
+        second = page.click(8, 60)  # a second object, after the first was accepted: the table
+        page.wait_for_draft()
+        page.reload()
+        again = page.click(90, 90, positive=False)
+        page.picture("7-second-object")
+        page.accept()
+        assert page.regions() == 2
+        page.submit()
+    assert [entry["type"] for entry in boxed["context"]] == ["rectanglelabels"]
+    assert len(second["context"]) == 1
+    assert len(again["context"]) == 2
+    (annotation,) = project.annotations(project.tasks[0])
+    stored = [entry for entry in annotation["result"] if entry["type"] == "brushlabels"]
+    served = [boxed["answer"]["data"]["result"][0], again["answer"]["data"]["result"][0]]
+    assert [entry["value"]["rle"] for entry in stored] == [entry["value"]["rle"] for entry in served]
+    # Where a mask comes from is kept with it.
+    assert [entry["meta"]["inter2former"]["model"] for entry in stored] == [project.model_version] * 2
+    for entry in (*project.client.export(project.id)[0]["annotations"][0]["result"],):
+        if entry["type"] == "brushlabels":
+            assert entry["meta"]["inter2former"]["score"] >= 0
+
+
+def test_a_turned_photo_in_the_page(client: Client, server: str) -> None:
+    turned = Photo(ROOT / "tests/fixtures/label_studio/images/chelsea_exif6.jpg", (300, 451))
+    project = client.project([turned], server)
+    with opened(project) as page:
+        found = page.click(45, 45)
+        page.picture("8-turned-photo")
+        page.accept()
+        page.submit()
+    served = checked_mask(found["answer"]["data"]["result"], found["context"])
+    assert served.shape == (451, 300)
+    (annotation,) = project.annotations(project.tasks[0])
+    masks = [entry for entry in annotation["result"] if entry["type"] == "brushlabels"]
+    assert np.array_equal(checked_mask(masks, found["context"]), served)
+
+
+def test_a_click_near_an_accepted_mask_corrects_it(
+    client: Client, photo: Callable[[str], Photo], logs: Path, weights: dict[str, str]
+) -> None:
+    with backend(logs / "correcting.txt", **weights, I2F_CORRECT_WITHIN="6") as correcting:
+        project = client.project([photo("chelsea.jpg")], correcting)
+        with opened(project) as page:
+            first = page.click(45, 45)
+            mask = checked_mask(first["answer"]["data"]["result"], first["context"])
+            page.accept()
+            page.picture("9-accepted-before")
+            end = time.monotonic() + 120  # the page saves its draft every few seconds
+            while not any(draft["result"] for draft in client.drafts(project.tasks[0])):
+                assert time.monotonic() < end
+                time.sleep(0.5)
+            height, width = mask.shape
+            away = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 5)
+            middle = np.zeros_like(mask)
+            middle[height // 10 : -height // 10, width // 10 : -width // 10] = True
+            rows, columns = np.nonzero((away > 4) & (away < 0.05 * max(height, width)) & middle)
+            row, column = rows[len(rows) // 2], columns[len(rows) // 2]
+            second = page.click(100 * (column + 0.5) / width, 100 * (row + 0.5) / height)
+            page.picture("10-corrected")
+            page.accept()
+            assert page.regions() == 1
+            page.submit()
+        (region,) = second["answer"]["data"]["result"]
+        assert region["id"] == first["answer"]["data"]["result"][0]["id"]
+        corrected = checked_mask([region], second["context"])
+        (annotation,) = project.annotations(project.tasks[0])
+        masks = [entry for entry in annotation["result"] if entry["type"] == "brushlabels"]
+        assert np.array_equal(checked_mask(masks, second["context"]), corrected)
