@@ -6,6 +6,8 @@ STAMP   = $(VENV)/.installed
 COMMA   = ,
 # One process a core, one thread each.
 TEST_PROCESSES ?= 2
+# Of the repetitions of `make soak`.
+SCALE  ?= 1
 # C++ and build files: a change rebuilds the native module.
 NATIVE  = $(wildcard csrc/*) CMakeLists.txt pyproject.toml constraints.txt
 
@@ -42,8 +44,8 @@ demo: $(STAMP) ## three clicks on a photo: IoU and an overlay picture in out/
 bench: $(STAMP) ## stage times of the shipped weights, served and plain, as a table
 	$(BIN)/inter2former bench --preset small
 
-soak: $(STAMP) ## tests that start many processes
-	$(BIN)/python -m pytest tests -m soak -q
+soak: $(STAMP) ## long load and kill tests, an hour; SCALE=0.02 for three minutes. Figures in out/soak.json
+	SOAK_SCALE=$(SCALE) $(BIN)/python -m pytest tests -m soak -q
 
 docs: $(STAMP) ## check that the pages' links and anchors lead somewhere
 	$(BIN)/python -m pytest tests/unit/test_docs.py -q
