@@ -2,6 +2,7 @@
 form that CVAT has sent. No model."""
 
 import base64
+import gzip
 import json
 import pathlib
 
@@ -84,6 +85,14 @@ def test_r6_both_forms_are_read_back_as_the_same_mask(mask):
 def test_c12_confidence_is_not_sent_so_that_no_mask_hides_behind_the_slider():
     (shape,) = json.loads(contract.answer(np.ones((4, 4), bool), "shapes"))["shapes"]
     assert shape == {"type": "mask", "points": [0, 16, 0, 0, 3, 3], "attributes": []}
+
+
+def test_c13_answers_for_a_photo_of_twelve_megapixels_are_small():
+    rows, columns = np.mgrid[:3000, :4000]
+    mask = ((rows - 1500) / 1300) ** 2 + ((columns - 2000) / 1700) ** 2 < 1  # 4000 x 3000, one object
+    mask ^= (np.hypot(rows - 1500, columns - 2000) < 500) & ((rows // 60 + columns // 60) % 4 == 0)  # with holes
+    assert len(contract.answer(mask, "shapes")) <= 64_000
+    assert len(gzip.compress(contract.answer(mask, "mask"), 1)) <= 300_000
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------
