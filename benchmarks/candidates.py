@@ -104,7 +104,7 @@ def cpu_times(checkpoints: dict[str, Path], *, size: ModelSize, runs: int) -> di
     segmenters = {name: load_segmenter(path, model_size=size, threads=1) for name, path in checkpoints.items()}
     spent: dict[str, dict[str, list[float]]] = {n: {"encode": [], "first_click": [], "click": []} for n in checkpoints}
     noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
-    image = np.asarray(cv2.resize(noise, (640, 480), interpolation=cv2.INTER_CUBIC))
+    image = cv2.resize(noise, (640, 480), interpolation=cv2.INTER_CUBIC).astype(np.uint8)
     made = [Click(320, 240), Click(200, 150), Click(400, 300), Click(300, 100, positive=False), Click(500, 400)]
     for run in range(runs + 1):
         for name, segmenter in segmenters.items():
