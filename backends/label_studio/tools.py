@@ -425,9 +425,9 @@ def _servers(
         try:
             yield platform, server
         except ToolError as error:
-            console.print(str(error), markup=False)
+            console.print(str(error), markup=False, soft_wrap=True)
             if error.fix:
-                console.print(f"  -> {error.fix}", markup=False)
+                console.print(f"  -> {error.fix}", markup=False, soft_wrap=True)
             raise typer.Exit(1) from None
 
 
@@ -446,14 +446,14 @@ def doctor(
         for finding in diagnose(platform, server, project):
             mark, style = {True: ("ok  ", "green"), False: ("BAD ", "bold red"), None: ("note", "yellow")}[finding.good]
             console.print(f"[{style}]{mark}[/] ", end="")
-            console.print(finding.text, markup=False)
+            console.print(finding.text, markup=False, soft_wrap=True)
             if finding.fix:
-                console.print(f"     -> {finding.fix}", markup=False)
+                console.print(f"     -> {finding.fix}", markup=False, soft_wrap=True)
             bad += finding.good is False
             config_is_bad = config_is_bad or finding.text.startswith(CONFIG_FAULT)
         if config_is_bad:
             config = str(platform.call("GET", f"/api/projects/{project}").get("label_config", ""))
-            console.print("\n" + recommended_config(config), markup=False)
+            console.print("\n" + recommended_config(config), markup=False, soft_wrap=True)
     raise typer.Exit(1 if bad else 0)
 
 
@@ -475,7 +475,7 @@ def connect(
             wanted = tuple(label.strip() for label in labels.split(",") if label.strip())
             platform.call("PATCH", f"/api/projects/{project}", json={"label_config": recommended_config(old, wanted)})
             console.print("The labeling config is the recommended one.")
-        console.print(attach(platform, server.url, project, user, password), markup=False)
+        console.print(attach(platform, server.url, project, user, password), markup=False, soft_wrap=True)
 
 
 def precompute(
@@ -498,10 +498,10 @@ def precompute(
         def say(so_far: Precomputed, trouble: str) -> None:
             bar.update(line, total=so_far.total, completed=so_far.done + so_far.failed)
             if trouble:
-                bar.console.print(trouble, markup=False)
+                bar.console.print(trouble, markup=False, soft_wrap=True)
 
         result = precompute_project(platform, server, project, limit=limit, say=say)
-    console.print(f"{result.done} of {result.total} images are known, {result.failed} failed.")
+    console.print(f"{result.done} of {result.total} images are known, {result.failed} failed.", soft_wrap=True)
     if result.full:
         console.print("The backend's memory is full: raise I2F_CACHE_MB for more.")
     raise typer.Exit(1 if result.failed else 0)

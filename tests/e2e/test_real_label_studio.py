@@ -227,12 +227,12 @@ def test_connect_doctor_and_precompute(
         told = capsys.readouterr().out
         assert "gave a mask" in told
         assert token not in told
+        before = metric(ours, "inter2former_encodes_total")  # doctor has clicked on the first
         assert main(["precompute", *common]) == 0
         assert "3 of 3 images are known" in capsys.readouterr().err
-        encodes = metric(ours, "inter2former_encodes_total")
-        assert encodes == len(photos)
+        assert metric(ours, "inter2former_encodes_total") == before + 2
         assert main(["precompute", *common]) == 0
-        assert metric(ours, "inter2former_encodes_total") == encodes
+        assert metric(ours, "inter2former_encodes_total") == before + 2
 
 
 def test_opening_a_task_looks_at_the_next_ones(
@@ -242,10 +242,11 @@ def test_opening_a_task_looks_at_the_next_ones(
     settings = weights | {"LABEL_STUDIO_URL": client.address, "LABEL_STUDIO_API_KEY": client.personal_access_token()}
     with backend(logs / "ahead.txt", **settings, I2F_AHEAD_TASKS="2") as ours:
         project = client.project(photos, ours)
+        before = metric(ours, "inter2former_encodes_total")
         client.call("GET", f"/api/tasks/{project.tasks[0]}?project={project.id}")  # as the page does
         end = time.monotonic() + 120
-        while metric(ours, "inter2former_encodes_total") < 3:
+        while metric(ours, "inter2former_encodes_total") < before + 3:
             assert time.monotonic() < end, (logs / "ahead.txt").read_text()
             time.sleep(0.5)
         project.mask(project.tasks[2], [click(50, 50, photos[2].size)])
-        assert metric(ours, "inter2former_encodes_total") == 3
+        assert metric(ours, "inter2former_encodes_total") == before + 3
