@@ -55,7 +55,7 @@ def warm_segmenter(settings: Settings) -> Segmenter:
 
 @dataclasses.dataclass(eq=False)
 class Ticket:
-    """A place in the line. The lowest urgency goes first, and it may be changed while waiting."""
+    """A place in a line, one line at a time. The lowest urgency goes first, and it may be changed while waiting."""
 
     urgency: int = 0
     _called: threading.Event = dataclasses.field(default_factory=threading.Event, repr=False)
@@ -94,6 +94,7 @@ class Admission:
         ticket = ticket or Ticket()
         wait_s = self._wait_s if wait_s is None else wait_s
         with self._lock:
+            ticket._called.clear()  # it may have been used in another line before
             at_once = self._free > 0
             if at_once:
                 self._free -= 1

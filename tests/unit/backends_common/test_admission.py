@@ -58,3 +58,28 @@ def test_never_more_at_once_than_allowed() -> None:
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(work, range(40)))
     assert (now, most) == (0, 2)
+
+
+def test_a_ticket_waits_in_one_line_after_the_other() -> None:
+    lines = [Admission(running=1, waiting=9, wait_s=30.0) for _ in range(2)]
+    ticket, through = Ticket(), threading.Event()
+
+    def work() -> None:
+        for line in lines:
+            with line.turn(ticket):
+                pass
+        through.set()
+
+    with ThreadPoolExecutor(1) as pool, lines[1].turn():
+        with lines[0].turn():
+            pool.submit(work)
+            while not lines[0].waiting:
+                time.sleep(0.001)
+        while not lines[1].waiting:
+            time.sleep(0.001)
+        assert not through.wait(0.05)
+    assert through.is_set()
+    for line in lines:
+        assert line.waiting == 0
+        with line.turn():
+            pass

@@ -29,6 +29,7 @@ from doors import (
     running,
 )
 
+from inter2former.runtime import native
 from inter2former.segmenter import load_segmenter
 
 LOOPBACK = "0100007F"  # 127.0.0.1, as the kernel writes it
@@ -54,6 +55,7 @@ def test_r14_r19_r41_r42_r43_from_start_to_stop(kind: str, tiny_checkpoint: Path
         for name in ("requests_total", "stage_seconds_bucket", "encodes_total", "cache_bytes", "cache_hits_total",
                      "cache_evictions_total", "queue", "info", "errors_total"):  # fmt: skip
             assert f"inter2former_{name}" in metrics  # R43
+        assert f'instruction_set="{native.status().instruction_set or "none"}"' in metrics
         assert images.url not in metrics
         drain(door, right)  # R19
         text = door.text()
