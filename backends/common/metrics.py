@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from inter2former.runtime import native
 from inter2former.segmenter import Segmenter
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
@@ -79,8 +80,11 @@ class _SegmenterCollector(Collector):
         yield CounterMetricFamily("inter2former_cache_evictions", "Made room for others.", value=cache.evictions)
         yield GaugeMetricFamily("inter2former_cache_bytes", "Bytes in the cache.", value=cache.nbytes)
         yield GaugeMetricFamily("inter2former_cache_budget_bytes", "Bytes it may hold.", value=cache.budget_bytes)
-        info = GaugeMetricFamily("inter2former_info", "What is running.", labels=["version", "model"])
-        info.add_metric([version(), self._segmenter.digest[:16]], 1)
+        info = GaugeMetricFamily(
+            "inter2former_info", "What is running.", labels=["version", "model", "instruction_set"]
+        )
+        # Without the native module PyTorch does its work, more slowly: worth an alert.
+        info.add_metric([version(), self._segmenter.digest[:16], native.status().instruction_set or "none"], 1)
         yield info
 
 
