@@ -33,6 +33,12 @@ PICTURES = ROOT / "out" / "e2e"
 _SMART_TOOL = """name => {
     const tool = ToolManager.getInstance({name: "image"}).findSelectedTool();
     return !!tool && tool.dynamic && tool.toolName === name; }"""
+# What the tool's button calls.
+_CHOOSE_SMART_TOOL = """name => {
+    const tools = ToolManager.getInstance({name: "image"}).allTools();
+    const tool = tools.find(tool => tool.dynamic && tool.toolName === name);
+    if (tool) tool.manager.selectTool(tool, true);
+    return !!tool; }"""
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium: install one (apt-get install chromium), or name it in CHROMIUM"
@@ -69,7 +75,7 @@ class LabelingPage:
 
     def click(self, x: float, y: float, *, positive: bool = True) -> dict[str, Any]:
         """A smart click at percent (x, y), label chosen by its key; the platform's answer to it."""
-        self._choose("KeyPointTool", "1")
+        self._choose_points()
 
         def act() -> None:
             if not positive:
@@ -82,7 +88,13 @@ class LabelingPage:
 
     def box(self, x0: float, y0: float, x1: float, y1: float) -> dict[str, Any]:
         """A smart rectangle between two corners in percent; the platform's answer to it."""
-        self._choose("RectangleTool", "3")  # the points' labels have the first two keys
+        # The points' labels have the first two keys. The smart tools of boxes are one button with two tools in it,
+        # which is there only while one of their labels is chosen.
+        self._page.keyboard.press("3")
+        self._page.wait_for_timeout(300)
+        chosen = self._page.evaluate(_CHOOSE_SMART_TOOL, "RectangleTool")
+        assert chosen, "the page has no smart rectangle"
+        self._page.wait_for_timeout(300)
 
         def act() -> None:
             self._page.mouse.move(*self._place(x0, y0))
@@ -93,17 +105,17 @@ class LabelingPage:
 
         return self._answer_to(act)
 
-    def _choose(self, tool: str, key: str) -> None:
+    def _choose_points(self) -> None:
         """The label after the tool: the other way round the page takes the plain tool.
 
         M goes on to the next smart tool, and a reloaded page remembers the last one. After a click the label is let go.
         """
-        for _ in range(8):
-            if self._page.evaluate(_SMART_TOOL, tool):
+        for _ in range(4):
+            if self._page.evaluate(_SMART_TOOL, "KeyPointTool"):
                 break
             self._page.keyboard.press("m")
             self._page.wait_for_timeout(300)
-        self._page.keyboard.press(key)
+        self._page.keyboard.press("1")
         self._page.wait_for_timeout(300)
 
     def _place(self, x: float, y: float) -> tuple[float, float]:
