@@ -112,7 +112,7 @@ class LabelStudio:
 
     def version(self) -> str:
         """Needs no token."""
-        found = _json_of(self._send("GET", "/version"), "Label Studio")
+        found = _json_of(self._send("GET", "/api/version"), "Label Studio")
         return str(found.get("release", "unknown")) if isinstance(found, dict) else "unknown"
 
     def _authorize(self) -> None:

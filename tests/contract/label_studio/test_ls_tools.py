@@ -33,7 +33,7 @@ class Servers:
         self.asked: list[tuple[str, str, Any]] = []
         self.metrics = ["inter2former_cache_evictions_total 0.0"]
         self.answers: dict[str, Any] = {
-            "GET /version": {"release": "1.23.2"},
+            "GET /api/version": {"release": "1.23.2"},
             "GET /api/current-user/whoami": {"email": "a@example.com"},
             "POST /api/token/refresh/": {"access": jwt(exp=1)},
             "GET /health": {"model_version": "inter2former-x"},
@@ -73,7 +73,7 @@ def test_nothing_is_wrong() -> None:
         ("GET /api/current-user/whoami", httpx.Response(401, json={"detail": "no"}), "LABEL_STUDIO_API_KEY"),
         ("POST /api/token/refresh/", httpx.Response(401), "Make a new one"),
         ("GET /health", httpx.Response(401), "--user"),
-        ("GET /version", httpx.Response(200, text="<html>"), "address of Label Studio"),
+        ("GET /api/version", httpx.Response(200, text="<html>"), "address of Label Studio"),
         ("GET /api/ml", [], "connect"),
         ("GET /api/ml", [{"id": 5, "url": BACKEND, "state": "CO", "is_interactive": False}], "connect"),
         (
