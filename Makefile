@@ -12,7 +12,7 @@ SCALE  ?= 1
 NATIVE  = $(wildcard csrc/*) CMakeLists.txt pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test lint demo bench docs soak e2e sanitize sanitize-threads clean
+.PHONY: help venv serve test lint demo bench docs perf-check soak e2e sanitize sanitize-threads clean
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 14
@@ -43,6 +43,9 @@ demo: $(STAMP) ## three clicks on a photo: IoU and an overlay picture in out/
 
 bench: $(STAMP) ## stage times of the shipped weights, served and plain, as a table
 	$(BIN)/inter2former bench --preset small
+
+perf-check: $(STAMP) ## is the native click a tenth slower than that of BASE (a commit; the one before)?
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.perf_check $(or $(BASE),HEAD~1)
 
 soak: $(STAMP) ## long load and kill tests, an hour; SCALE=0.02 for three minutes. Figures in out/soak.json
 	SOAK_SCALE=$(SCALE) $(BIN)/python -m pytest tests -m soak -q

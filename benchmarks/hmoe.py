@@ -1,0 +1,156 @@
+"""Grouped experts alone (the paper's Figure 3c), kept in benchmarks/results/ with a picture.
+
+    python -m benchmarks.hmoe --threads 2                 # a few minutes
+    python -m benchmarks.hmoe --threads 1 --clock cpu     # on a busy machine
+
+Tokens x 256 -> 64 -> 256, SwiGLU with an inner norm, routed at random. Contenders compute the same: the routed expert
+of every token and the shared network, blended by the gates; agreement is checked first.
+
+    loop      the plain network: a pass an expert
+    sorted    tokens sorted by expert, one product an expert and layer, w1 and w2 joined
+    ours      the native operation
+    dense     not the same: all tokens through one expert and the shared network, what the work would cost unrouted
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.results import write_result
+from inter2former.config import base
+from inter2former.files import write_atomically
+from inter2former.nn.experts import HybridExperts
+from inter2former.runtime import native
+from inter2former.terminal import print_rows
+
+EXPERTS = (4, 8, 16, 32, 64)
+TOKENS = (64, 256, 1024, 4096)
+TOLERANCE = 1e-4
+
+
+def make_experts(count: int) -> HybridExperts:
+    return HybridExperts(dataclasses.replace(base(), n_experts=count)).eval().requires_grad_(False)
+
+
+def sorted_experts(module: HybridExperts) -> Callable[[Tensor, Tensor], Tensor]:
+    w12, b12 = torch.cat([module.w1, module.w2], 1), torch.cat([module.b1, module.b2], 1)
+
+    def forward(x: Tensor, edge: Tensor) -> Tensor:
+        shared = module.shared(x)
+        chosen, share = module.route(x)
+        order = chosen.argsort(stable=True)
+        ends = torch.bincount(chosen, minlength=len(w12)).cumsum(0).tolist()
+        rows = x[order]
+        routed = torch.empty_like(rows)
+        start = 0
+        for e, end in enumerate(ends):
+            if end > start:
+                a, b = F.linear(rows[start:end], w12[e], b12[e]).chunk(2, -1)
+                routed[start:end] = F.linear(module.norm(F.silu(a) * b), module.w3[e], module.b3[e])
+            start = end
+        back = torch.empty_like(routed)
+        back[order] = routed
+        return torch.lerp(back, shared, share[:, None])
+
+    return forward
+
+
+def dense(module: HybridExperts) -> Callable[[Tensor, Tensor], Tensor]:
+    def forward(x: Tensor, edge: Tensor) -> Tensor:
+        return module.shared(x) + module.expert(x, 0)
+
+    return forward
+
+
+def plot(result: dict[str, Any]) -> bytes:
+    """PNG: time over that of the plain loop, by tokens, a panel an expert count."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(EXPERTS), sharey=True)
+    for axes, count in zip(panels, EXPERTS, strict=True):
+        rows = [row for row in result["rows"] if row["experts"] == count]
+        for name in ("loop", "sorted", "ours", "dense"):
+            axes.plot([row["tokens"] for row in rows], [row[f"{name}_over_loop"] for row in rows], "o-", label=name)
+        axes.set(xscale="log", xticks=TOKENS, xlabel="tokens", title=f"{count} experts", ylim=(0, 1.3))
+        axes.set_xticklabels(map(str, TOKENS), fontsize=7)
+        axes.minorticks_off()
+    panels[0].set_ylabel("time / plain loop")
+    panels[0].legend(frameon=False, fontsize=8, loc="lower left")
+    picture = io.BytesIO()
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.print_png(picture)
+    return picture.getvalue()
+
+
+def measure(runs: int, clock: Callable[[], float]) -> list[dict[str, Any]]:
+    rows = []
+    generator = torch.Generator().manual_seed(0)
+    for count in EXPERTS:
+        torch.manual_seed(count)
+        module = make_experts(count)
+        contenders: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "loop": module,
+            "sorted": sorted_experts(module),
+            "ours": native.experts(module),
+            "dense": dense(module),
+        }
+        for n in TOKENS:
+            x, edge = torch.randn(n, 256, generator=generator), torch.ones(n, dtype=torch.bool)
+            with torch.inference_mode():
+                want = module(x, edge)
+                for name in ("sorted", "ours"):
+                    if not torch.allclose(contenders[name](x, edge), want, atol=TOLERANCE):
+                        raise SystemExit(f"{name} does not agree with the plain network.")
+                seconds: dict[str, list[float]] = {name: [] for name in contenders}
+                for index in range(runs + 1):
+                    for name, forward in contenders.items():
+                        began = clock()
+                        forward(x, edge)
+                        if index > 0:
+                            seconds[name].append(clock() - began)
+            row: dict[str, Any] = {"experts": count, "tokens": n}
+            for name, values in seconds.items():
+                row[f"{name}_ms"] = round(1000 * statistics.median(values), 3)
+                ratios = np.divide(values, seconds["loop"])
+                row[f"{name}_over_loop"] = round(float(np.median(ratios)), 3)
+            row["ours_over_dense"] = round(float(np.median(np.divide(seconds["ours"], seconds["dense"]))), 2)
+            rows.append(row)
+    return rows
+
+
+def main(
+    runs: int = 15,
+    threads: int = 2,
+    clock: Annotated[str, typer.Option(help="wall, or cpu: this thread's own time, for one thread")] = "wall",
+) -> None:
+    """Time the experts and keep the ratios."""
+    if clock not in ("wall", "cpu") or (clock == "cpu" and threads != 1):
+        raise SystemExit("--clock is wall or cpu; cpu counts one thread only, so give --threads 1.")
+    torch.set_num_threads(threads)
+    native.set_threads(threads)
+    rows = measure(runs, time.perf_counter if clock == "wall" else time.thread_time)
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    result = {"clock": clock, "load": load, "rows": rows}
+    shown = [{key: row[key] for key in row if not key.endswith("_ms")} for row in rows]
+    print_rows(f"{threads} threads, {clock} time, load {load}", shown)
+    path = write_result(f"hmoe_{threads}", result, threads=threads)
+    write_atomically(path.with_suffix(".png"), plot(result))
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
