@@ -1,6 +1,6 @@
-"""Has the native click become slower? Builds the base commit beside the working tree and times both in one process.
+"""Has the native click become slower? Builds the base commit beside the installed module and times both in one process.
 
-    python -m benchmarks.perf_check [BASE]     # default: the commit before; also `make perf-check BASE=...`
+    make perf-check [BASE=...]     # default: the commit before; brings the installed module up to date first
 
 Both builds answer the same clicks by turns, on random weights. The figure is the median over the turns of
 time here / time of the base; above LIMIT the command fails. Machine load moves both alike.
@@ -23,6 +23,7 @@ import torch
 import typer
 
 from benchmarks.decoder import make_features, ours, scene
+from inter2former import _native
 from inter2former.config import PRESETS
 from inter2former.images import Frame
 from inter2former.nn.model import Inter2Former
@@ -39,7 +40,13 @@ def build(source: Path, folder: Path) -> Path:
     cmake = Path(sys.executable).parent / "cmake"
     pybind = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True).strip()
     configure = [cmake, "-S", source, "-B", folder, "-DCMAKE_BUILD_TYPE=Release"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind}"]
+    configure += [
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={cmake.with_name('ninja')}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind}",
+    ]
     for command in (configure, [cmake, "--build", folder, "--parallel", "2"]):
         subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
     return next(folder.glob("_native*"))
@@ -82,18 +89,18 @@ def compare(here: ModuleType, base: ModuleType, runs: int, clock: Callable[[], f
 
 
 def main(base: str = typer.Argument("HEAD~1"), runs: int = 40) -> None:
-    """Fail when the working tree's native click is a tenth slower than that of BASE."""
+    """Fail when the installed native click is a tenth slower than that of BASE."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        tree, folder = Path(scratch) / "base", Path(scratch)
+        tree = Path(scratch) / "base"
         tree.mkdir()
         archive = subprocess.run(["git", "archive", base], cwd=ROOT, check=True, capture_output=True).stdout
         subprocess.run(["tar", "-x", "-C", str(tree)], input=archive, check=True)
-        modules = [load(build(ROOT, folder / "a"), "here"), load(build(tree, folder / "b"), "base")]
-        if modules[0].INTERFACE != modules[1].INTERFACE:
+        other = load(build(tree, Path(scratch) / "build"), "base")
+        if _native.INTERFACE != other.INTERFACE:
             print(f"{base} has another native interface; there is nothing to compare.")
             return
-        ratios = compare(modules[0], modules[1], runs, time.thread_time)
+        ratios = compare(_native, other, runs, time.thread_time)
     for name, ratio in ratios.items():
         print(f"{name:12}  {ratio:.3f} of {base}'s time")
     slower = [name for name, ratio in ratios.items() if ratio > LIMIT]
