@@ -159,7 +159,7 @@ def small() -> ModelConfig:
         position_span=16,  # positions as in a 256-pixel view at every size (miou@3 at T = 512: 34.6 -> 39.8)
         up_norm="pixel",
         edge_blocks=1,
-        auto_sizes=(256,),  # whole objects of large photos fall apart above the size of the training crops (measured)
+        auto_sizes=(256, 512),  # sizes of the training crops; larger photos are shown at the largest
     )
 
 
