@@ -39,6 +39,7 @@ from train import fast, loop
 from train.augment import photometric
 from train.data import Pack, read_pack
 from train.pretrain import device_of, make_probe, quiet_threads
+from train.run_folder import claim
 
 SAM_STEP = 16  # pixels a token side, in every SAM
 
@@ -427,7 +428,7 @@ def distill(
     views = choose_views(pack, config.views, config.seed)
     grid = max(config.sizes) // 16
     if not peers.rank:
-        _claim(out, _identity(teacher, student.config, views, grid, config), resume)
+        claim(out, _identity(teacher, student.config, views, grid, config), resume)
     look(teacher, pack, views[peers.rank :: peers.world], out / "tokens", grid, track)
     if peers.world > 1:
         torch.distributed.barrier()
@@ -470,19 +471,6 @@ def _identity(
         "sizes": config.sizes,
         "batch": config.batch,
     }
-
-
-def _claim(out: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Make the folder this run's own, or check that it is."""
-    path, identity = out / "run.json", json.loads(json.dumps(identity))
-    if not path.is_file():
-        write_atomically(path, json.dumps(identity, indent=1).encode())
-        return
-    if not resume:
-        raise ConfigError(f"{out} holds a run already.", "Give --resume to continue it, or another --out.")
-    earlier = json.loads(path.read_bytes())
-    if changed := sorted(key for key in identity if earlier.get(key) != identity[key]):
-        raise ConfigError(f"The run in {out} cannot be continued: {', '.join(changed)} changed.", "Give another --out.")
 
 
 # -- command line ----------------------------------------------------------------------------------------------------

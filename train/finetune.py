@@ -42,6 +42,7 @@ from train import loop
 from train.cvat_exports import read_cvat
 from train.data import DrawConfig, Pack, Photo
 from train.exports import ExportError, ObjectMask, Record, Report, read_label_studio, split_by_content
+from train.run_folder import claim
 
 # A tuned model counts as worse when the mean of these falls: they are in the printed table, and say more than the
 # number of clicks, which stays at its maximum for every object that is never reached.
@@ -128,7 +129,7 @@ def run(
         "held_back": _digest_of(held),
         "config": {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE},
     }
-    _claim(out, identity, resume)
+    claim(out, identity, resume)
     objects = choose_objects(held, config.objects)
     say(f"{len(train)} pictures to train on, {len(held)} held back, of which {len(objects)} objects are measured.")
 
@@ -272,19 +273,6 @@ def _score(figures: dict[str, float]) -> float:
 
 
 # -- a run's folder --------------------------------------------------------------------------------------------------
-
-
-def _claim(out: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Make the folder this run's own, or check that it is."""
-    path, identity = out / "run.json", json.loads(json.dumps(identity))
-    if not path.is_file():
-        write_atomically(path, json.dumps(identity, indent=1).encode())
-        return
-    if not resume:
-        raise ConfigError(f"{out} holds a run already.", "Give --resume to continue it, or another --out.")
-    earlier = json.loads(path.read_bytes())
-    if changed := sorted(key for key in identity if earlier.get(key) != identity[key]):
-        raise ConfigError(f"The run in {out} cannot be continued: {', '.join(changed)} changed.", "Give another --out.")
 
 
 def _remembered(path: Path, make: Callable[[], dict[str, float]]) -> dict[str, float]:

@@ -263,7 +263,10 @@ class Trainer:
             "model_config": self.model.config.to_json(),
         }
         part = path.with_suffix(".part")
-        torch.save(state, part)
+        with part.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
 
     def load(self, path: Path) -> None:
@@ -379,6 +382,14 @@ def run(
 
 
 def _forget(log: Path, step: int) -> None:
-    """Drop the rows of steps that happened after the state was saved: they are about to happen again."""
-    lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
-    write_atomically(log, "".join(line + "\n" for line in lines).encode())
+    """Drop the rows of steps that happened after the state was saved (they are about to happen again), and a row that a
+    kill cut short."""
+    kept = []
+    for line in log.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    write_atomically(log, "".join(kept).encode())
