@@ -216,7 +216,10 @@ class Trainer:
             simulate.Annotator(t, (h, w), self.model.config, config.clicks, rng)
             for t, (h, w) in zip(target.bool().cpu().numpy(), valid, strict=True)
         ]
-        shared = Features(features.tokens.repeat_interleave(K, 0), [e.repeat_interleave(K, 0) for e in features.edges])
+        edges = features.edges
+        if self.device.type != "cpu":  # fast.speed_up shares them
+            edges = [e.repeat_interleave(K, 0) for e in edges]
+        shared = Features(features.tokens.repeat_interleave(K, 0), edges)
         fixed = Features(shared.tokens.detach(), [e.detach() for e in shared.edges])
         self.model.eval()
         with torch.no_grad():

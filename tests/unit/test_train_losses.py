@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from inter2former.config import tiny
-from inter2former.nn.model import Inter2Former, TrainOutput
+from inter2former.nn.model import Features, Inter2Former, TrainOutput
 from train import fast, losses
 
 UNKNOWN = losses.UNKNOWN
@@ -155,3 +155,23 @@ def test_speed_up_changes_nothing_but_rounding() -> None:
     image, reference = torch.randn(2, 3, 64, 64), torch.randint(0, 5, (2, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
         torch.testing.assert_close(quick(image, reference).logits, model(image, reference).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_sped_up_model_shares_an_image_between_targets_and_has_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    model = Inter2Former(tiny())
+    quick = copy.deepcopy(model)
+    fast.speed_up(quick)
+    image, reference = torch.randn(2, 3, 64, 64), torch.randint(0, 5, (6, 64, 64), dtype=torch.uint8)
+    reference[:, 20:] = 1  # tokens outside the box of the prompt
+    found = []
+    for m, repeat in ((model, 3), (quick, 1)):
+        tokens, edges = m.encode_batch(image)
+        edges = [e.repeat_interleave(repeat, 0) for e in edges]
+        output = m.decode_batch(Features(tokens.repeat_interleave(3, 0), edges), reference)
+        (output.logits.square().mean() + output.low.mean()).backward()
+        found.append((output.logits.detach(), {n: p.grad for n, p in m.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-4, rtol=1e-4)
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, atol=1e-5, rtol=1e-3, msg=name)
