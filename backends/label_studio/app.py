@@ -1,5 +1,5 @@
 """The HTTP face of the Label Studio backend: routes, passwords, limits, errors, the log line. What the calls mean is in
-contract.py, what they do in service.py.
+contract, what they do in service.py.
 
 /health and /setup wait for nothing: Label Studio gives them one and three seconds, on every opening of a page.
 """

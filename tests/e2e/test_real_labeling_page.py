@@ -143,6 +143,15 @@ class LabelingPage:
         """How many the annotator sees, without suggestions."""
         return int(self._page.evaluate("() => Htx.annotationStore.selected.regionStore.regions.length"))
 
+    def masks(self) -> int:
+        """How many of them are painted."""
+        return int(
+            self._page.evaluate(
+                """() => Htx.annotationStore.selected.regionStore.regions
+                         .filter(region => region.type === "brushregion").length"""
+            )
+        )
+
     def accept(self) -> None:
         self._page.get_by_test_id("bottombar-accept-suggestions-button").first.click()
         self._page.wait_for_function("() => !Htx.annotationStore.selected.suggestions.size")
@@ -236,7 +245,9 @@ def test_box_second_object_and_a_reload_in_mid_object(
         again = page.click(90, 90, positive=False)
         page.picture("7-second-object")
         page.accept()
-        assert page.regions() == 2
+        assert page.masks() == 2
+        # The page takes away the clicks that it knows as such. One made before the reload stays, as a plain point.
+        assert page.regions() == 3
         page.submit()
     assert [entry["type"] for entry in boxed["context"]] == ["rectanglelabels"]
     assert len(second["context"]) == 1

@@ -20,10 +20,13 @@ from PIL import Image
 
 from backends.common.server import Admission
 from backends.label_studio import contract
+from backends.label_studio.contract.values import _signed_area
 from backends.label_studio.polarity import Polarities
 from backends.label_studio.service import DROP_SUPERSEDED, Backend
 from inter2former import brush_rle
+from inter2former.errors import PromptError
 from inter2former.masks import polygons_to_mask
+from inter2former.prompts import Box, Click
 from inter2former.segmenter import Segmenter
 
 
@@ -123,9 +126,9 @@ def test_masks_of_every_control_are_read() -> None:
         {"imageDataURL": "data:image/png;base64," + base64.b64encode(bomb).decode()},
         {"imageDataURL": picture.replace("png", "svg", 1)},
     ):
-        with pytest.raises(contract.PromptError):
+        with pytest.raises(PromptError):
             contract.region_mask(bad, 300, 451)
-    with pytest.raises(contract.PromptError):
+    with pytest.raises(PromptError):
         contract.region_mask({"imageDataURL": picture}, 301, 451)
 
 
@@ -161,18 +164,18 @@ def test_outlines_leave_holes_out_and_drop_specks() -> None:
     assert len(outline) < 120
     coarse = contract.regions(mask, 0.5, control, place, tolerance=6)[0]["value"]["points"]
     assert len(coarse) < len(outline)
-    assert abs(contract._signed_area(outline)) / 2 == pytest.approx(mask.sum(), rel=0.03)  # holes turn the other way
+    assert abs(_signed_area(outline)) / 2 == pytest.approx(mask.sum(), rel=0.03)  # holes turn the other way
 
 
 def test_the_meta_of_a_region_makes_its_mask_again(client: FlaskClient, segmenter: Segmenter) -> None:
     (region,) = answer(client, body(click(50, 50), click(53.3, 50.1, False)))
     said = region["meta"]["inter2former"]
     assert said["model"] == client.get("/health").json["model_version"]
-    clicks = [contract.Click(x, y, bool(positive)) for x, y, positive in said["clicks"]]
+    clicks = [Click(x, y, bool(positive)) for x, y, positive in said["clicks"]]
     again = segmenter.segment(photo("chelsea.jpg"), clicks, model_size=said["model_size"])
     assert np.array_equal(again.mask, mask_of(region))
     (boxed,) = answer(client, body(rectangle(20, 20, 40, 50)))
-    box = contract.Box(*boxed["meta"]["inter2former"]["box"])
+    box = Box(*boxed["meta"]["inter2former"]["box"])
     assert np.array_equal(segmenter.segment(photo("chelsea.jpg"), box=box).mask, mask_of(boxed))
 
 
