@@ -19,7 +19,8 @@ from backends.common.http import RequestError, error_answer, error_body
 from backends.common.log import new_request_id, request_id
 from backends.common.metrics import CONTENT_TYPE, Metrics
 from backends.common.settings import Settings
-from backends.label_studio.service import DOOR, Backend, Trace
+from backends.label_studio.service import DOOR, Backend
+from backends.label_studio.trace import Trace
 from inter2former.segmenter import Segmenter
 
 MAX_BODY_BYTES = 32 * 2**20  # drafts and annotations come along with every click, their masks included
