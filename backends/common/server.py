@@ -7,27 +7,33 @@ started would not survive the fork.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import mmap
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flask
 import numpy as np
 from gunicorn import glogging
 from gunicorn.app.base import BaseApplication
+from gunicorn.arbiter import Arbiter
 from gunicorn.workers.gthread import ThreadWorker
 
 from backends.common import log as logs
-from backends.common.http import BusyError
+from backends.common.http import BusyError, error_answer
 from backends.common.settings import Settings, load_settings
 from inter2former.errors import Inter2FormerError
 from inter2former.prompts import Click
 from inter2former.segmenter import Segmenter, load_segmenter
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 START_FAILED = 4  # gunicorn's exit status for an application that cannot be loaded: it does not try again
 
@@ -130,16 +136,53 @@ class _Logger(glogging.Logger):  # type: ignore[misc]  # gunicorn has no types
         self.error_log.setLevel(logging.INFO)
 
 
+_stopping = mmap.mmap(-1, 1)  # shared with every process forked from here: 1 once the whole server stops
+_connection = threading.local()  # .refused: the request at hand came after the server was told to stop
+
+
+class _Arbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
+    """Tells its workers whether the server stops, or only they do, to make room for new ones."""
+
+    def stop(self, graceful: bool = True) -> None:
+        _stopping[0] = 1
+        super().stop(graceful)
+
+
 class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
-    """Stops listening as soon as it is told to stop (R19). Gunicorn's own keeps the socket until the last answer is
-    sent: whoever connects meanwhile waits for nothing, instead of going to another replica.
+    """Answers what it has begun when it is told to stop (R19). Who comes later is told so at once when the server
+    stops; when a new worker takes over, the connection is left to that one. Gunicorn's own would let newcomers wait
+    until its last answer is sent.
     """
 
     def set_accept_enabled(self, enabled: bool) -> None:
-        super().set_accept_enabled(enabled)
-        if not self.alive:
+        if self.alive or not _stopping[0]:
+            super().set_accept_enabled(enabled)
+        if not self.alive and not _stopping[0]:
             for listener in self.sockets:
                 listener.close()
+
+    def enqueue_req(self, conn: Any) -> None:
+        conn.refused = not self.alive
+        super().enqueue_req(conn)
+
+    def handle(self, conn: Any) -> Any:
+        _connection.refused = conn.refused
+        return super().handle(conn)
+
+
+def _refuse_when_stopping(app: WSGIApplication) -> WSGIApplication:
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if not getattr(_connection, "refused", False):
+            return app(environ, start_response)
+        while environ["wsgi.input"].read(1 << 16):  # a connection closed before the body was read loses the answer
+            pass
+        status, fields = error_answer(BusyError("The server is stopping.", "Try again in a moment."))
+        body = json.dumps(fields).encode()
+        length = ("Content-Length", str(len(body)))
+        start_response(f"{status} Stopping", [("Content-Type", "application/json"), ("Retry-After", "1"), length])
+        return [body]
+
+    return answer
 
 
 class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
@@ -175,15 +218,18 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
             if name in self.cfg.settings:  # older gunicorns have no control socket
                 self.cfg.set(name, value)
 
-    def load(self) -> flask.Flask:
+    def run(self) -> None:
+        _Arbiter(self).run()
+
+    def load(self) -> WSGIApplication:
         try:
-            return self._create()
+            return _refuse_when_stopping(self._create())
         except Inter2FormerError as error:
             log.critical("cannot start: %s", error)
             sys.exit(START_FAILED)
 
 
-def serve(create: Callable[[Settings], flask.Flask], host: str, port: int) -> int:
+def serve(create: Callable[[Settings], flask.Flask], host: str, port: int, *, threads: int = 32) -> int:
     """Settings, logging, server; returns an exit status. Wrong settings are all named and stop the start (R17)."""
     try:
         settings = load_settings()
@@ -191,5 +237,5 @@ def serve(create: Callable[[Settings], flask.Flask], host: str, port: int) -> in
         print(error, file=sys.stderr)
         return 2
     logs.configure(as_json=settings.log_json, known_secrets=settings.secrets())
-    Server(lambda: create(settings), host, port).run()
+    Server(lambda: create(settings), host, port, threads=threads).run()
     return 0

@@ -20,6 +20,7 @@ from backends.common.server import serve, warm_segmenter
 from backends.common.settings import Settings
 from backends.label_studio import tools
 from backends.label_studio.app import create_app
+from backends.label_studio.service import THREADS
 
 app = typer.Typer(
     name="python -m backends.label_studio",
@@ -45,7 +46,7 @@ def run(
     port: Annotated[int, typer.Option(help="port to listen on")] = 9090,
 ) -> None:
     if context.invoked_subcommand is None:
-        raise typer.Exit(serve(create, host, port))
+        raise typer.Exit(serve(create, host, port, threads=THREADS))
 
 
 def main(argv: list[str] | None = None) -> int:

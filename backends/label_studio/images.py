@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 import cachetools
 
-from backends.common.http import FetchError, RequestError, UrlError
+from backends.common.http import BusyError, FetchError, RequestError, UrlError
 from backends.common.images import Fetcher, Origin, Refused, decode_data_url, read_local_file
 from backends.common.settings import Settings
 from backends.label_studio.credentials import Credentials, is_personal_access_token
@@ -21,6 +21,7 @@ from backends.label_studio.projects import Project, Projects
 from backends.label_studio.trace import Trace
 
 FILES_BYTES = 256 * 2**20  # image files as they came; a click on a known image fetches nothing
+FETCHES = 24  # at once; each holds a thread of the server, at worst as long as a fetch may take
 FILES_TTL_S = 300.0  # after that a changed file behind the same address is seen
 LOCAL_FILES_PATH = "/data/local-files/"
 PLATFORM_PATHS = ("/data/", "/storage-data/", "/tasks/")
@@ -29,10 +30,15 @@ STORAGE_SCHEMES = ("s3://", "gs://", "azure-blob://", "azure_spi://")
 
 @dataclasses.dataclass(frozen=True)
 class ImageFile:
-    """The bytes of a task's image. `key` is their place in the memory of files; None when they came in the request."""
+    """The bytes of a task's image.
+
+    key    their place in the memory of files; None when they came in the request
+    task   the task's name in errors and the log
+    """
 
     data: bytes = dataclasses.field(repr=False)
     key: tuple[str, str, str] | None
+    task: str
 
 
 class TaskImages:
@@ -47,6 +53,7 @@ class TaskImages:
             allow_private_hosts=settings.allow_private_hosts,
         )
         self._credentials = Credentials(self._fetcher)
+        self._places = threading.BoundedSemaphore(FETCHES)
         self._lock = threading.Lock()
         self._files: cachetools.TTLCache[object, bytes] = cachetools.TTLCache(FILES_BYTES, FILES_TTL_S, getsizeof=len)
 
@@ -62,16 +69,23 @@ class TaskImages:
             return self._files.get(key)
 
     def get(self, project: str, task: Mapping[str, Any], address: str, trace: Trace) -> ImageFile:
-        """What is behind an address of a task: from the memory of files, or fetched now."""
-        known = self.known(project, address)
+        """What is behind an address of a task: from the memory of files, or fetched now.
+
+        raises  UrlError, FetchError; BusyError at once when too many are being fetched
+        """
+        known, name = self.known(project, address), task_name(task)
         key = None if _is_data(address) else self._key(project, address)
         if known is not None:
-            return ImageFile(known, key)
+            return ImageFile(known, key, name)
+        if not self._places.acquire(blocking=False):
+            raise BusyError("Too many images are being fetched.", "Try again in a moment.")
         try:
             with trace.stage("fetch"):
-                return ImageFile(self._fetch(task, address, self._projects.get(project)), key)
+                return ImageFile(self._fetch(task, address, self._projects.get(project)), key, name)
         except (UrlError, FetchError) as error:
-            raise _named(task_name(task), error) from None
+            raise _named(name, error) from None
+        finally:
+            self._places.release()
 
     def keep(self, file: ImageFile) -> None:
         """Remember a file that turned out to be an image, from when it was first seen."""

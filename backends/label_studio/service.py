@@ -32,7 +32,7 @@ from backends.common.server import Admission, Ticket
 from backends.common.settings import Settings
 from backends.label_studio import contract
 from backends.label_studio.ahead import Ahead
-from backends.label_studio.images import ImageFile, TaskImages, task_name
+from backends.label_studio.images import FETCHES, ImageFile, TaskImages, task_name
 from backends.label_studio.polarity import Polarities
 from backends.label_studio.projects import Project, Projects
 from backends.label_studio.trace import Trace
@@ -40,10 +40,13 @@ from inter2former.errors import ImageError, Inter2FormerError
 from inter2former.segmenter import KnownImage, Segmentation, Segmenter
 
 DOOR = "label_studio"
+PLACES = 24  # clicks that may be in work or waiting
+# A click in work or waiting holds a thread of the server, and so does a fetch. The others answer /health and /setup.
+THREADS = PLACES + FETCHES + 8
 OBJECTS = 5000  # that are being clicked on; for the order of the line and the counters
 # A page shows only the answer to its newest request. Older ones that still wait go behind the others, and when as many
-# as this wait behind them, they are answered with nothing.
-DROP_SUPERSEDED = 8
+# as this wait, so that others would soon be refused, they are answered with nothing.
+DROP_SUPERSEDED = 16
 SUPERSEDED, AHEAD = 1, 2  # urgencies; a click that somebody waits for has 0
 AHEAD_WAIT_S = 600.0
 BATCH_S = 80.0  # Label Studio waits 100 s for a batch
@@ -62,8 +65,8 @@ class _Object:
 class Backend:
     """Answers Label Studio's calls with one segmenter. Thread-safe.
 
-    places   clicks that may be in work or waiting; the server needs more threads than that, so that /health and
-             /setup are answered meanwhile
+    places   clicks that may be in work or waiting; fetching their images has places of its own (FETCHES), so that a
+             host that hangs holds up nobody whose image is known. The server needs more threads than both together
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class Backend:
         *,
         metrics: Metrics | None = None,
         fetcher: Fetcher | None = None,
-        places: int = 24,
+        places: int = PLACES,
         wait_s: float = 60.0,
     ) -> None:
         self.segmenter = segmenter
@@ -128,8 +131,7 @@ class Backend:
                 self._encode_ahead(request, request.tasks[0])
                 self._encode_next(request)
             return {"results": [nothing for _ in request.tasks]}
-        with self._admission.place(), self.metrics.queue.track_inprogress():
-            answer = self._click(request, interaction, trace)
+        answer = self._click(request, interaction, trace)
         self.metrics.stages(trace.seconds)
         return {"results": [answer or nothing]}
 
@@ -143,8 +145,7 @@ class Backend:
         if request.event == "prewarm":
             ready = self._is_encoded(request, request.tasks[0], config)
             if not ready and request.wait:
-                with self._admission.place():
-                    self._encode(request, request.tasks[0])
+                self._encode(request, request.tasks[0], waited_for=True)
                 ready = True
             elif not ready:
                 self._encode_ahead(request, request.tasks[0])
@@ -174,15 +175,31 @@ class Backend:
         existing = self._correctable(request.tasks[0], control, interaction)
         if not (interaction.rectangles or interaction.strokes or existing or any(polarity.values())):
             return None  # negative clicks alone
-        answer = self._answer(request, request.tasks[0], interaction, control, polarity, existing, ticket, trace)
+        file = self._file(request, request.tasks[0], interaction, trace)
+        with self._admission.place(), self.metrics.queue.track_inprogress():
+            answer = self._answer(request, file, interaction, control, polarity, existing, ticket, trace)
         if answer is None or not answer["result"]:
             return None
         return answer
 
-    def _answer(
+    def _file(
         self,
         request: contract.PredictRequest,
         task: Mapping[str, Any],
+        interaction: contract.Interaction | None,
+        trace: Trace,
+    ) -> ImageFile:
+        """The file of the image that was clicked on, else of the first. BusyError when there is no place behind it."""
+        address = contract.image_address(task, contract.parse_config(request.label_config), interaction)
+        if self._images.known(request.project, address) is None:
+            with self._admission.place():  # who cannot be served hears it before the fetch, not after it
+                pass
+        return self._images.get(request.project, task, address, trace)
+
+    def _answer(
+        self,
+        request: contract.PredictRequest,
+        file: ImageFile,
         interaction: contract.Interaction,
         control: contract.Control,
         polarity: Mapping[contract.Point, bool],
@@ -192,14 +209,11 @@ class Backend:
         *,
         keep_strokes: bool = True,
     ) -> dict[str, Any] | None:
-        """Image, masks and regions of an interaction; None when the answer is not wanted any more.
+        """Masks and regions of an interaction; None when the answer is not wanted any more.
 
         keep_strokes   what a person painted just now is inside; a finished mask is only where the model starts from
         """
-        config = contract.parse_config(request.label_config)
-        file = self._images.get(request.project, task, contract.image_address(task, config, interaction), trace)
-        name = task_name(task)
-        image = self._known(file, name, ticket, trace)
+        image = self._known(file, ticket, trace)
         info = image.info
         trace.image_key = info.key
         height, width = contract.shown_size(interaction, info.height, info.width)
@@ -227,7 +241,7 @@ class Backend:
             if (width, height) != (info.width, info.height):
                 log.warning(
                     "%s: the page shows %d x %d pixels, the image has %d x %d; the mask is scaled",
-                    name, width, height, info.width, info.height,
+                    file.task, width, height, info.width, info.height,
                 )  # fmt: skip
             regions = []
             for result, prompt in answers:
@@ -254,9 +268,7 @@ class Backend:
         )
         return contract.prediction(regions, score, self.model_version)
 
-    def _known(
-        self, file: ImageFile, name: str, ticket: Ticket, trace: Trace, *, wait_s: float | None = None
-    ) -> KnownImage:
+    def _known(self, file: ImageFile, ticket: Ticket, trace: Trace, *, wait_s: float | None = None) -> KnownImage:
         """The image with its name and, unless the cache is too small for it, its encoding."""
         try:
             if self.segmenter.is_encoded(file.data):
@@ -274,7 +286,7 @@ class Backend:
         except ImageError as error:
             if file.key is None:
                 raise
-            raise FetchError(f"{name}: {error}") from None
+            raise FetchError(f"{file.task}: {error}") from None
 
     def _enter(self, request: contract.PredictRequest, interaction: contract.Interaction) -> Ticket:
         """A place in the line for a request; an older one about the same object steps back. Counts what people do."""
@@ -358,7 +370,8 @@ class Backend:
                 continue
             polarity = {point: point.positive is not False for point in interaction.points}
             ticket = Ticket(AHEAD)
-            answer = self._answer(request, task, interaction, control, polarity, (), ticket, trace, keep_strokes=False)
+            file = self._images.get(request.project, task, contract.image_address(task, config, interaction), trace)
+            answer = self._answer(request, file, interaction, control, polarity, (), ticket, trace, keep_strokes=False)
             if answer is not None and answer["result"]:
                 regions += answer["result"]
                 scores.append(answer["score"])
@@ -370,11 +383,11 @@ class Backend:
         """Fetch and encode the image of a task in the background."""
         self._ahead.do(lambda: self._encode(request, task))
 
-    def _encode(self, request: contract.PredictRequest, task: Mapping[str, Any]) -> None:
+    def _encode(self, request: contract.PredictRequest, task: Mapping[str, Any], *, waited_for: bool = False) -> None:
         """Fetch and encode the first image of a task, when nobody waits for another one."""
-        config = contract.parse_config(request.label_config)
-        file = self._images.get(request.project, task, contract.image_address(task, config), Trace())
-        self._known(file, task_name(task), Ticket(AHEAD), Trace(), wait_s=AHEAD_WAIT_S)
+        file = self._file(request, task, None, Trace())
+        with self._admission.place() if waited_for else contextlib.nullcontext():
+            self._known(file, Ticket(AHEAD), Trace(), wait_s=AHEAD_WAIT_S)
         self._images.keep(file)
 
     def _encode_next(self, request: contract.PredictRequest) -> None:

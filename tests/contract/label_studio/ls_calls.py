@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -61,3 +63,11 @@ def answer(client: FlaskClient, request: dict[str, Any]) -> list[dict[str, Any]]
 def one_mask(client: FlaskClient, request: dict[str, Any]) -> np.ndarray:
     (region,) = answer(client, request)
     return mask_of(region)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that happens in another thread."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import flask
 import numpy as np
 import pytest
 from flask.testing import FlaskClient
-from ls_calls import CONFIG, answer, body, click, one_mask, rectangle
+from ls_calls import CONFIG, answer, body, click, one_mask, rectangle, until
 from ls_platform import Platform, at, mask_of, photo, recorded, request_of
 from PIL import Image
 
@@ -234,13 +233,6 @@ def event(name: str, **more: Any) -> dict[str, Any]:
     return request
 
 
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def test_capabilities(client: FlaskClient) -> None:
     (entry,) = answer(client, event("capabilities"))
     assert entry["type"] == "capabilities"
@@ -294,6 +286,25 @@ def test_r11_a_click_on_a_known_image_does_not_wait_for_an_encode(client: FlaskC
     one_mask(client, body(click(50, 50)))
     with backend._encodes.turn():
         assert one_mask(client, body(click(50, 50), click(60, 60))).any()
+
+
+def test_r11_what_is_encoded_ahead_goes_after_what_somebody_waits_for(
+    client: FlaskClient, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend: Backend = client.application.extensions["inter2former"]
+    encode, order = segmenter.prefetch, list[int]()
+    monkeypatch.setattr(segmenter, "prefetch", lambda image: (order.append(image.info.width), encode(image)))
+    opened = body(image="/data/upload/1/a-chelsea.jpg")  # 451 pixels wide
+    clicked = body(click(50, 50), image="/data/upload/1/b-coffee.jpg")  # 600
+    waiting = threading.Thread(target=lambda: answer(client.application.test_client(), clicked))
+    with backend._encodes.turn():
+        assert answer(client, opened) == []
+        until(lambda: backend._encodes.waiting == 1)
+        waiting.start()
+        until(lambda: backend._encodes.waiting == 2)
+    waiting.join(60)
+    until(lambda: len(order) == 2)
+    assert order == [600, 451]
 
 
 def test_superseded_clicks_step_back_and_are_dropped_under_load(

@@ -18,7 +18,7 @@ import flask
 import numpy as np
 import pytest
 from flask.testing import FlaskClient
-from ls_calls import CONFIG, answer, body, click, one_mask, rectangle
+from ls_calls import CONFIG, answer, body, click, one_mask, rectangle, until
 from ls_platform import LEGACY, PAT, Platform, at, decode_rle, mask_of, photo, recorded, request_of
 from PIL import Image
 
@@ -26,7 +26,8 @@ from backends.common.http import BusyError
 from backends.common.server import Admission
 from backends.label_studio import contract
 from backends.label_studio.app import create_app
-from backends.label_studio.service import Backend
+from backends.label_studio.images import FETCHES
+from backends.label_studio.service import PLACES, THREADS, Backend
 from inter2former import brush_rle
 from inter2former.segmenter import Segmenter
 
@@ -400,15 +401,50 @@ def test_e19_r2_parallel_clicks_and_health(client: FlaskClient, make_app: Callab
             assert np.array_equal(mask, future.result(60))
 
 
-def test_e19_health_and_setup_wait_for_nothing(make_app: Callable[..., flask.Flask]) -> None:
+def test_e19_health_and_setup_are_answered_before_eight_predictions_that_wait(
+    make_app: Callable[..., flask.Flask],
+) -> None:
     app = make_app()
     backend: Backend = app.extensions["inter2former"]
-    with backend._admission.turn(), ThreadPoolExecutor(2) as pool:
-        asked = [
-            pool.submit(app.test_client().get, "/health"),
-            pool.submit(app.test_client().post, "/setup", json=request_of("02")),
-        ]
-        assert [future.result(10).status_code for future in asked] == [200, 200]
+    one_mask(app.test_client(), body(click(50, 50)))
+    with ThreadPoolExecutor(8) as pool:
+        with backend._admission.turn():
+            waiting = [pool.submit(one_mask, app.test_client(), body(click(10 * i, 50))) for i in range(1, 9)]
+            until(lambda: backend._admission.waiting == 8)
+            assert app.test_client().get("/health").status_code == 200
+            assert app.test_client().post("/setup", json=request_of("02")).status_code == 200
+            assert not any(future.done() for future in waiting)
+        assert all(future.result(60).any() for future in waiting)
+
+
+def test_e19_a_host_that_hangs_holds_up_nobody_whose_image_is_known(
+    make_app: Callable[..., flask.Flask], platform: Platform
+) -> None:
+    over = threading.Event()
+
+    def hang(handler: Any) -> None:
+        over.wait(60)
+        platform._send(handler, 404, {}, b"")
+
+    platform.answers["/data/hang"] = hang
+    app = make_app(fetch_timeout_s=60)
+    client = app.test_client()
+    one_mask(client, body(click(50, 50)))
+    with ThreadPoolExecutor(FETCHES) as pool:
+        hanging = body(click(50, 50), image="/data/hang")
+        waiting = [pool.submit(app.test_client().post, "/predict", json=hanging) for _ in range(FETCHES)]
+        try:
+            until(lambda: platform.paths.count("/data/hang") == FETCHES)
+            assert one_mask(client, body(click(50, 50), click(60, 60))).any()
+            assert client.get("/health").status_code == 200
+            refused = client.post("/predict", json=body(click(50, 50), image="/data/upload/1/b-coffee.jpg"))
+            assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+            assert not any(future.done() for future in waiting)
+        finally:
+            over.set()
+        assert [future.result(60).status_code for future in waiting] == [502] * FETCHES
+    assert one_mask(client, body(click(50, 50), image="/data/upload/1/b-coffee.jpg")).any()
+    assert THREADS > PLACES + FETCHES
 
 
 def test_e19_too_many_at_once_hear_it_at_once(make_app: Callable[..., flask.Flask]) -> None:
