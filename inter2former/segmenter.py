@@ -36,10 +36,12 @@ from inter2former import reference_mask, score
 from inter2former.checkpoints import STARTER, load_checkpoint
 from inter2former.errors import ConfigError, Inter2FormerError, NumericError, PromptError
 from inter2former.images import MAX_PIXELS, Frame, as_rgb, choose_size, image_key
+from inter2former.nn.layers import rope_tables
 from inter2former.nn.model import ImageEncoding, Inter2Former
 from inter2former.prompts import Box, Click, check_clicks
-from inter2former.runtime import native
+from inter2former.runtime import compute, native
 from inter2former.runtime.cache import ByteCache, CacheInfo
+from inter2former.runtime.decoder import CompactEncoding, FusedDecoder
 from inter2former.runtime.packing import pack
 
 Mask = npt.NDArray[np.bool_]
@@ -129,9 +131,9 @@ class _Found:
 
     def logits(self, size: int) -> torch.Tensor:
         """float32 [T, T]."""
-        logits = torch.full((size, size), _OUTSIDE)
-        logits[self.pixels] = torch.from_numpy(self.inside)
-        return logits
+        logits = np.full((size, size), _OUTSIDE, np.float32)
+        logits[self.pixels] = self.inside
+        return torch.from_numpy(logits)
 
     @property
     def pixels(self) -> tuple[slice, slice]:
@@ -421,31 +423,41 @@ class Segmenter:
             made = True
             rgb = pixels.rgb()
             with pixels.clock("prepare"):
-                image = frame.prepare(rgb)
-            with pixels.clock("encode"), torch.inference_mode():
-                _use_all_threads()
-                encoding = self._model.encode(image)
-            with self._counter:
-                self._encodes += 1
-            # A sum is finite when all its parts are, and costs one pass over the memory.
-            if not all(math.isfinite(float(part.sum())) for part in (encoding.tokens, *encoding.edges)):
-                raise NumericError("The image encoding is not finite.", "The weights may be damaged.")
-            return encoding
+                image = compute.run(lambda: frame.prepare(rgb))
+            with pixels.clock("encode"):
+                return compute.run(lambda: self._encode(image))
 
         with pixels.clock("encode"):  # waiting for another request's encode, if any
             encoding = self._cache.get_or_make(("encoding", pixels.info.key, frame.size), make)
         return encoding, made
 
+    def _encode(self, image: torch.Tensor) -> ImageEncoding:
+        encoding = self._model.encode(image)
+        with self._counter:
+            self._encodes += 1
+        # A sum is finite when all its parts are, and costs one pass over the memory.
+        if not all(math.isfinite(float(part.sum())) for part in (encoding.tokens, *encoding.edges)):
+            raise NumericError("The image encoding is not finite.", "The weights may be damaged.")
+        if isinstance(encoding, CompactEncoding):  # the first click finds its tables made
+            config, (rows, columns, _) = self.config, encoding.tokens.shape
+            rope_tables(rows, columns, config.attention_dim, encoding.tokens.device, config.position_span)
+        return encoding
+
     def _decode(self, encoding: ImageEncoding, reference: UInt8) -> _Found:
-        with torch.inference_mode():
-            _use_all_threads()
-            decoded = self._model.decode(encoding, reference)
-            left, top, right, bottom = (_TOKEN * side for side in decoded.box)
-            inside = decoded.logits[top:bottom, left:right].numpy().copy()
-            low = decoded.low.numpy()
+        """One pass. The native decoder runs where it is called, so that no click waits for an encode."""
+        native_decoder = getattr(self._model.decode, "__self__", None)
+        if isinstance(native_decoder, FusedDecoder):
+            inside, box, low = native_decoder.click(encoding, reference)
+        else:
+            inside, box, low = compute.run(lambda: self._decode_in_torch(encoding, reference))
         if not (np.isfinite(inside).all() and np.isfinite(low).all()):
             raise NumericError("The network's logits are not finite.", "The weights may be damaged.")
-        return _Found(inside, decoded.box)
+        return _Found(inside, box)
+
+    def _decode_in_torch(self, encoding: ImageEncoding, reference: UInt8) -> tuple[Float32, TokenBox, Float32]:
+        decoded = self._model.decode(encoding, reference)
+        left, top, right, bottom = (_TOKEN * side for side in decoded.box)
+        return decoded.logits[top:bottom, left:right].numpy().copy(), decoded.box, decoded.low.numpy()
 
 
 def load_segmenter(
@@ -522,14 +534,6 @@ class _Pixels:
             with self.clock("decode_image"):
                 self.decoded = as_rgb(self._image, max_pixels=self._max_pixels)
         return self.decoded
-
-
-def _use_all_threads() -> None:
-    """Make this thread follow `torch.set_num_threads`, which a new thread does only once it has been asked.
-
-    Otherwise its first convolution may run on another number of threads than the next one, with other last bits.
-    """
-    torch.get_num_threads()
 
 
 def _check_size(size: Any, error: type[Inter2FormerError]) -> ModelSize:

@@ -6,7 +6,9 @@ never an answer.
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
@@ -53,6 +55,13 @@ class ByteCache:
         self._flights: dict[Hashable, Future[Sized]] = {}
         self._lock = threading.Lock()
         self._hits = self._misses = self._evictions = 0
+        _caches.add(self)
+
+    def _in_child(self) -> None:
+        """After a fork: the threads that made values are not in the child, nor is the one that held the lock."""
+        if self._lock.locked():
+            self._entries.clear()
+        self._lock, self._flights = threading.Lock(), {}
 
     def get(self, key: Hashable) -> Any | None:
         """The value, now the most recently used one; None when it is not here (not counted as a miss)."""
@@ -116,3 +125,14 @@ class ByteCache:
                 misses=self._misses,
                 evictions=self._evictions,
             )
+
+
+_caches: weakref.WeakSet[ByteCache] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for cache in _caches:
+        cache._in_child()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -165,3 +167,32 @@ def test_accounting_follows_the_real_bytes(budget: int, requests: list[tuple[int
         info = cache.info()
         assert (info.nbytes, info.entries) == (sum(kept.values()), len(kept))
         assert info.nbytes <= budget
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_r22_a_child_waits_for_no_thread_that_stayed_in_the_parent() -> None:
+    cache = ByteCache(100)
+    cache.get_or_make("kept", lambda: array(10))
+    begun, may_end = threading.Event(), threading.Event()
+
+    def slow() -> np.ndarray:
+        begun.set()
+        may_end.wait(60)
+        return array(1)
+
+    maker = threading.Thread(target=cache.get_or_make, args=("a", slow))
+    maker.start()
+    begun.wait(60)
+    here, there = multiprocessing.Pipe(False)
+    child = os.fork()
+    if child == 0:
+        try:
+            there.send((len(cache.get_or_make("a", lambda: array(2))), len(cache.get_or_make("kept", never))))
+        finally:
+            os._exit(0)
+    there.close()
+    assert here.poll(60), "the child is locked up"
+    assert here.recv() == (2, 10)
+    os.waitpid(child, 0)
+    may_end.set()
+    maker.join()

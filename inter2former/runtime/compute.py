@@ -1,0 +1,56 @@
+"""The one thread of the process in which PyTorch computes with several threads. No network and no image is known here.
+
+OpenMP keeps a team of threads for every thread that ever asked it for work: servers with many threads would have as
+many teams, and a child that is forked from a thread with a team waits for its dead workers for ever. Here one thread
+has the one team, whoever asks; one piece of work follows the other, each with all the threads that are set. A fork
+waits for the end of the piece at work, and the child starts a thread of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+_at_work = threading.Lock()  # held while PyTorch computes; also by a thread that forks
+_starting = threading.Lock()
+_thread: ThreadPoolExecutor | None = None
+
+
+def run(work: Callable[[], Result]) -> Result:
+    """What `work` returns or raises, computed in that thread without gradients. Work must not call `run` again.
+
+    Threads are as many as the caller's `torch.get_num_threads()` says.
+    """
+    return _executor().submit(_compute, work, torch.get_num_threads()).result()
+
+
+def _compute(work: Callable[[], Result], threads: int) -> Result:
+    with _at_work, torch.inference_mode():
+        if torch.get_num_threads() != threads:  # changed since this thread began; servers set them once, before
+            torch.set_num_threads(threads)
+        return work()
+
+
+def _executor() -> ThreadPoolExecutor:
+    global _thread
+    with _starting:
+        if _thread is None:
+            _thread = ThreadPoolExecutor(1, thread_name_prefix="torch")
+        return _thread
+
+
+def _in_child() -> None:
+    global _thread, _at_work, _starting
+    _thread, _at_work, _starting = None, threading.Lock(), threading.Lock()
+
+
+os.register_at_fork(
+    before=lambda: _at_work.acquire(), after_in_parent=lambda: _at_work.release(), after_in_child=_in_child
+)
