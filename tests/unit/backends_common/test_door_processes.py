@@ -65,7 +65,9 @@ def test_r14_r19_r41_r42_r43_from_start_to_stop(kind: str, tiny_checkpoint: Path
 
 
 def drain(door: Door, right: References) -> None:
-    """Eight clicks are on their way when the server is told to stop: eight right answers, and nobody new."""
+    """Eight clicks are on their way when the server is told to stop: eight right answers. Who comes later, or asks
+    whether it is ready, gets a 503; then nobody listens.
+    """
     asked = [(picture, picture.clicks(3, seed)) for picture in pictures(4) for seed in (1, 2)]
     with contextlib.ExitStack() as stack:
         flights = [begin(door, door.body(*click)) for click in asked]
@@ -74,16 +76,18 @@ def drain(door: Door, right: References) -> None:
         time.sleep(0.3)  # until the server has begun to read
         door.process.send_signal(signal.SIGTERM)
         end = time.monotonic() + 20
-        while listening(door.port):
+        while (health := door.client.get(door.url + "/health")).status_code != 503:
             assert time.monotonic() < end
-            time.sleep(0.02)
-        with pytest.raises(httpx.ConnectError):
-            door.client.get(door.url + "/health")
+        late = door.post(door.body(*asked[0]))
+        for refused in (health, late):
+            assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+            assert refused.json()["error"] == "busy"
         for (connection, rest), (picture, clicks) in zip(flights, asked, strict=True):
             status, text = finish(connection, rest)
             assert status == 200, text
             assert np.array_equal(mask_in(door.kind, json.loads(text), picture), right(picture, clicks))
         assert door.process.wait(60) == 0
+    assert not listening(door.port)
 
 
 def test_r41_every_server_listens_on_this_machine_unless_told_otherwise() -> None:
