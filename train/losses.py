@@ -31,10 +31,19 @@ def normalized_focal(logits: Tensor, target: Tensor, *, gamma: float = 2.0, alph
     return (alpha * (wrong * entropy).sum(1) / (wrong.sum(1) + 1e-6)).mean()
 
 
-def dice(logits: Tensor, target: Tensor) -> Tensor:
-    """Soft dice loss, mean over images; keeps thin structures whole."""
-    p, t = torch.sigmoid(logits.float()).flatten(1), target.float().flatten(1)
-    return (1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)).mean()
+def lovasz_hinge(logits: Tensor, target: Tensor) -> Tensor:
+    """Lovasz hinge (Berman et al., 2018, binary case), mean over images: the convex surrogate of 1 - IoU.
+
+    logits [B, ...], target [B, ...] in {0, 1}. Margins are sorted, the largest error first; each one counts by how much
+    the IoU loses when its pixel joins those before it.
+    """
+    logits, target = logits.float().flatten(1), target.float().flatten(1)
+    error, order = (1 - logits * (2 * target - 1)).sort(dim=1, descending=True)
+    truth = target.gather(1, order)
+    objects = truth.sum(1, keepdim=True)
+    lost = 1 - (objects - truth.cumsum(1)) / (objects + (1 - truth).cumsum(1)).clamp_min(1)
+    share = torch.diff(lost, dim=1, prepend=torch.zeros_like(objects))
+    return (error.relu() * share).sum(1).mean()
 
 
 def low_target(target: Tensor, n: int) -> Tensor:
@@ -42,15 +51,19 @@ def low_target(target: Tensor, n: int) -> Tensor:
     return F.adaptive_max_pool2d(target.float()[:, None], n)[:, 0]
 
 
-def click_loss(output: TrainOutput, target: Tensor, *, dice_weight: float = 0.25) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of one decoder pass and its parts (detached). target [B, T, T] in {0, 1}."""
+def click_loss(output: TrainOutput, target: Tensor, *, overlap_weight: float = 0.5) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of one decoder pass and its parts (detached). target [B, T, T] in {0, 1}.
+
+    The focal loss alone leaves logits near zero, where a mask hangs on rounding; the hinge asks for a margin and for
+    what is measured, the IoU.
+    """
     parts = {
         "nfl": normalized_focal(output.logits, target),
         "low": normalized_focal(output.low, low_target(target, output.low.shape[-1])),
-        "dice": dice(output.logits, target),
+        "overlap": lovasz_hinge(output.logits, target),
         "commitment": output.commitment.float(),
     }
-    loss = parts["nfl"] + 0.5 * parts["low"] + dice_weight * parts["dice"] + 0.1 * parts["commitment"]
+    loss = parts["nfl"] + 0.5 * parts["low"] + overlap_weight * parts["overlap"] + 0.1 * parts["commitment"]
     return loss, {name: part.detach() for name, part in parts.items()}
 
 

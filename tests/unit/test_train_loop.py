@@ -99,7 +99,7 @@ def test_the_log_names_phases_and_parts(pack: Pack, tmp_path: Path) -> None:
     assert [r["step"] for r in rows if r.get("event") == "probe"] == [0, 6]
     assert all(math.isfinite(r["loss"]) and math.isfinite(r["grad"]) for r in rows if "loss" in r)
     assert "iou" not in rows[2]
-    assert {"iou", "nfl", "low", "dice", "commitment", "boundary"} <= set(rows[-2])
+    assert {"iou", "nfl", "low", "overlap", "commitment", "boundary"} <= set(rows[-2])
 
 
 def test_dense_targets_are_learnt(pack: Pack, tmp_path: Path) -> None:

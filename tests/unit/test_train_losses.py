@@ -47,12 +47,18 @@ def test_nfl_survives_certainty_and_bfloat16() -> None:
     assert torch.isfinite(loss)
 
 
-def test_dice_rewards_overlap() -> None:
-    target = torch.zeros(1, 8, 8)
-    target[:, 2:6, 2:6] = 1
-    right, wrong = losses.dice(20 * target - 10, target), losses.dice(10 - 20 * target, target)
-    assert right.item() == pytest.approx(0, abs=1e-3)
-    assert wrong.item() > 0.9
+def test_the_hinge_is_the_lost_iou_where_every_pixel_is_decided() -> None:
+    """A convex extension agrees with its set function at the corners: errors are 0 or 2 when logits are -1 or 1."""
+    generator = torch.Generator().manual_seed(0)
+    said, target = (torch.rand(2, 4, 8, 8, generator=generator) > 0.5).float()
+    lost = 1 - losses.mask_iou(said - 0.5, target).mean()
+    assert losses.lovasz_hinge(2 * said - 1, target).item() == pytest.approx(2 * lost.item(), abs=1e-5)
+    assert losses.lovasz_hinge(20 * target - 10, target).item() == 0
+
+
+def test_the_hinge_of_an_empty_target_counts_the_worst_pixel() -> None:
+    logits = torch.tensor([[-3.0, 0.5, -1.0]])
+    assert losses.lovasz_hinge(logits, torch.zeros(1, 3)).item() == pytest.approx(1.5)
 
 
 def test_low_target_keeps_specks() -> None:
@@ -65,7 +71,7 @@ def test_click_loss_sums_its_parts() -> None:
     output = TrainOutput(torch.zeros(1, 32, 32), torch.zeros(1, 2, 2), torch.tensor(2.0))
     loss, parts = losses.click_loss(output, torch.ones(1, 32, 32))
     assert loss.item() == pytest.approx(
-        (parts["nfl"] + 0.5 * parts["low"] + 0.25 * parts["dice"] + 0.1 * parts["commitment"]).item()
+        (parts["nfl"] + 0.5 * parts["low"] + 0.5 * parts["overlap"] + 0.1 * parts["commitment"]).item()
     )
 
 
