@@ -86,8 +86,9 @@ def grabcut(image: Image, clicks: Sequence[Click]) -> Mask:
         return np.ones(image.shape[:2], bool)
     cv2.setRNGSeed(0)
     try:
+        nowhere = (0, 0, 0, 0)  # the mask says where
         cv2.grabCut(
-            small, labels, None, np.zeros((1, 65)), np.zeros((1, 65)), GRABCUT_ITERATIONS, cv2.GC_INIT_WITH_MASK
+            small, labels, nowhere, np.zeros((1, 65)), np.zeros((1, 65)), GRABCUT_ITERATIONS, cv2.GC_INIT_WITH_MASK
         )
     except cv2.error:  # a colour model without samples, as on a blank picture
         return enlarge(inside.astype(np.float32), image)

@@ -8,6 +8,7 @@ would have clicked much the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +31,7 @@ def demo(segmenter: Segmenter, image: Image, truth: Mask) -> tuple[list[Click], 
     made: list[Click] = []
     mask = np.zeros_like(truth)
 
-    def segment(_: Image, clicks: tuple[Click, ...]) -> Mask:
+    def segment(_: Image, clicks: Sequence[Click]) -> Mask:
         nonlocal made, mask
         made, mask = list(clicks), segmenter.segment(image, clicks).mask
         return mask
