@@ -135,4 +135,5 @@ def _after_fork() -> None:
         cache._in_child()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -51,6 +51,7 @@ def _in_child() -> None:
     _thread, _at_work, _starting = None, threading.Lock(), threading.Lock()
 
 
-os.register_at_fork(
-    before=lambda: _at_work.acquire(), after_in_parent=lambda: _at_work.release(), after_in_child=_in_child
-)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=lambda: _at_work.acquire(), after_in_parent=lambda: _at_work.release(), after_in_child=_in_child
+    )
