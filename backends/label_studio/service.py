@@ -166,6 +166,7 @@ class Backend:
         """The prediction, or None for nothing to say."""
         config = contract.parse_config(request.label_config)
         control = config.mask_control(interaction.to_name)
+        interaction = contract.without_spent_points(request.tasks[0], interaction)
         polarity = self._polarities(request, interaction)
         ticket = self._enter(request, interaction)
         if control is None:
@@ -216,6 +217,9 @@ class Backend:
         image = self._known(file, ticket, trace)
         info = image.info
         trace.image_key = info.key
+        if interaction.rectangles and interaction.width is None:  # turned ones need the shape of the image
+            drawn = contract.read_context(request.context, (info.width, info.height))
+            interaction = dataclasses.replace(interaction, rectangles=drawn.rectangles if drawn else ())
         height, width = contract.shown_size(interaction, info.height, info.width)
         prompts = contract.prompts(interaction, info.height, info.width, polarity.__getitem__)
         corrected = None

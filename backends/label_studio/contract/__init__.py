@@ -30,6 +30,7 @@ from backends.label_studio.contract.task import (
     nearest,
     objects_of_task,
     polarities,
+    without_spent_points,
 )
 from backends.label_studio.contract.values import Rectangle, region_mask
 
@@ -63,4 +64,5 @@ __all__ = [
     "regions",
     "resize_mask",
     "shown_size",
+    "without_spent_points",
 ]

@@ -18,7 +18,10 @@ MASK_CONTROLS = (
 
 @dataclasses.dataclass(frozen=True)
 class Control:
-    """A tag of the labeling config that makes regions: its kind (lower case), name, image tag and labels."""
+    """A tag of the labeling config that makes regions: its kind (lower case), name, Image tag and labels.
+
+    A tag that is meant for several Image tags is a control of each.
+    """
 
     kind: str
     name: str
@@ -85,7 +88,8 @@ def parse_config(text: str) -> LabelConfig:
             is_control = bool(name and attribute.get("toname"))
             if event == "end":
                 if is_control:
-                    controls.append(Control(kind, name, attribute["toname"], tuple(labels.pop())))
+                    own = tuple(labels.pop())
+                    controls += [Control(kind, name, to.strip(), own) for to in attribute["toname"].split(",")]
             elif is_control:
                 labels.append([])
             elif kind == "label" and labels and attribute.get("value"):

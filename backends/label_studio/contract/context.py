@@ -70,14 +70,16 @@ class _Region:
     shape: Point | Rectangle | Stroke | None = None
 
 
-def read_context(entries: Sequence[Mapping[str, Any]]) -> Interaction | None:
+def read_context(entries: Sequence[Mapping[str, Any]], size: tuple[int, int] | None = None) -> Interaction | None:
     """What was drawn, or None when nothing in the context is a prompt.
 
     The last region says which Image tag, page and label count: regions of other tags, pages and labels are dropped.
 
+    size   (width, height) of the image, for turned rectangles that come without; the result does not repeat it
+
     raises  PromptError for more prompts than a person makes
     """
-    regions = [region for region in regions_of(entries) if region.shape is not None]
+    regions = [region for region in regions_of(entries, size=size) if region.shape is not None]
     if not regions:
         return None
     last = regions[-1]
@@ -112,8 +114,15 @@ def read_context(entries: Sequence[Mapping[str, Any]]) -> Interaction | None:
     )
 
 
-def regions_of(entries: Sequence[Mapping[str, Any]], *, shapes: bool = False) -> list[_Region]:
-    """One for each id, in drawing order; an entry without id stands for itself. `shapes`: finished masks count too."""
+def regions_of(
+    entries: Sequence[Mapping[str, Any]], *, size: tuple[int, int] | None = None, shapes: bool = False
+) -> list[_Region]:
+    """One for each id, in drawing order; an entry without id stands for itself.
+
+    size     (width, height) of the image where an entry does not say it
+    shapes   finished masks count too
+    """
+    size = size or next(filter(None, map(_size, entries)), None)
     found: dict[object, _Region] = {}
     for position, entry in enumerate(entries):
         name = entry.get("id")
@@ -130,7 +139,9 @@ def regions_of(entries: Sequence[Mapping[str, Any]], *, shapes: bool = False) ->
         )
         region.label = region.label if region.label is not None else label_of(entry)
         region.size = region.size or _size(entry)
-        region.shape = region.shape or _shape(entry, region_id, region.size)
+        region.shape = region.shape or _shape(entry, region_id, region.size or size)
+        if isinstance(region.shape, Point) and region.shape.positive is None:  # the entry of the other control has it
+            region.shape = dataclasses.replace(region.shape, positive=polarity_of(entry))
         if (
             shapes
             and region.shape is None
@@ -180,13 +191,10 @@ def label_of(entry: Mapping[str, Any]) -> str | None:
 
 def _size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
     """(width, height) of the image, when both are sensible."""
-    width, height = entry.get("original_width"), entry.get("original_height")
-    for side in (width, height):
-        if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= MAX_PIXELS:
-            return None
-    assert isinstance(width, int)
-    assert isinstance(height, int)
-    return (width, height) if width * height <= MAX_PIXELS else None
+    width, height = as_number(entry.get("original_width")), as_number(entry.get("original_height"))
+    if width is None or height is None or not (width.is_integer() and height.is_integer()):
+        return None
+    return (int(width), int(height)) if min(width, height) >= 1 and width * height <= MAX_PIXELS else None
 
 
 def _near(percent: float) -> bool:

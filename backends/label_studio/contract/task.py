@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,10 +21,13 @@ from backends.label_studio.contract.context import (
     polarity_of,
     regions_of,
 )
-from backends.label_studio.contract.foreign import as_object, as_objects, as_text
+from backends.label_studio.contract.foreign import as_number, as_object, as_objects, as_text
 from backends.label_studio.contract.pixels import pixel
 from backends.label_studio.contract.values import Mask, Rectangle, region_mask
 from inter2former.errors import PromptError
+
+_KEY = r"\$\w+(?:\.\w+)*"
+_SAME_PIXEL = 0.05  # pixels; percent and back
 
 
 def image_address(task: Mapping[str, Any], config: LabelConfig, interaction: Interaction | None = None) -> str:
@@ -52,13 +56,16 @@ def image_address(task: Mapping[str, Any], config: LabelConfig, interaction: Int
 
 
 def _from_data(task: Mapping[str, Any], source: str) -> Any:
-    """`$key` of the task's data (`$key.inner` too), or the text itself."""
-    if not source.startswith("$"):
-        return source
-    data: Any = as_object(task.get("data"))
-    key = source[1:]
-    if key in data:
-        return data[key]
+    """`$key` of the task's data (`$key.inner` too); or a text with such keys in it, which are filled in."""
+    data = as_object(task.get("data"))
+    if source[:1] == "$" and source[1:] in data:
+        return data[source[1:]]
+    if re.fullmatch(_KEY, source):
+        return _inside(data, source[1:])
+    return re.sub(_KEY, lambda key: as_text(_inside(data, key[0][1:])), source)
+
+
+def _inside(data: Any, key: str) -> Any:
     for part in key.split("."):
         data = as_object(data).get(part)
     return data
@@ -85,20 +92,10 @@ class Existing:
 
 
 def existing_masks(task: Mapping[str, Any], control: Control, interaction: Interaction) -> list[Existing]:
-    """The masks of the clicked label, image and page in what the annotator sees, as far as the request shows it.
-
-    That is the newest draft, else the only annotation: of several annotations it is not known which one is open.
-    """
-    drafts, annotations = as_objects(task.get("drafts")), as_objects(task.get("annotations"))
-    if drafts:
-        seen = max(drafts, key=lambda draft: (as_text(draft.get("updated_at")), as_text(draft.get("created_at"))))
-    elif len(annotations) == 1:
-        seen = annotations[0]
-    else:
-        return []
+    """The masks of the clicked label, image and page in what the annotator sees, as far as the request shows it."""
     label = control_label(control, interaction.label)
     found = []
-    for entry in as_objects(seen.get("result")):
+    for entry in _on_the_page(task):
         region, index = as_text(entry.get("id")), entry.get("item_index")
         if (
             region
@@ -109,6 +106,50 @@ def existing_masks(task: Mapping[str, Any], control: Control, interaction: Inter
         ):
             found.append(Existing(region, as_object(entry.get("value"))))
     return found
+
+
+def _on_the_page(task: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The newest draft, else the only annotation: of several annotations it is not known which one is open."""
+    drafts, annotations = as_objects(task.get("drafts")), as_objects(task.get("annotations"))
+    if drafts:
+        seen = max(drafts, key=lambda draft: (as_text(draft.get("updated_at")), as_text(draft.get("created_at"))))
+        return as_objects(seen.get("result"))
+    return as_objects(annotations[0].get("result")) if len(annotations) == 1 else []
+
+
+def without_spent_points(task: Mapping[str, Any], interaction: Interaction) -> Interaction:
+    """The interaction without points that already made a mask which was accepted.
+
+    Accepting takes the clicks away, but for those from before a reload of the page: they stay as plain points, and the
+    page sends them along with every later object of their label. A mask of ours says in its `meta` which clicks made
+    it; a point without polarity at such a place is one of them.
+    """
+    width, height = interaction.width, interaction.height
+    if width is None or height is None or all(point.positive is not None for point in interaction.points):
+        return interaction
+    spent: list[tuple[float, float]] = []
+    for entry in _on_the_page(task):
+        place = (as_text(entry.get("to_name")), entry.get("item_index"))
+        if place == (interaction.to_name, interaction.item_index):
+            made = as_object(as_object(entry.get("meta")).get("inter2former")).get("clicks")
+            for click in made if isinstance(made, list) else ():
+                if isinstance(click, list) and len(click) == 3:
+                    x, y = as_number(click[0]), as_number(click[1])
+                    spent += [(x, y)] if x is not None and y is not None else []
+
+    def is_spent(point: Point) -> bool:
+        x, y = pixel(point.x, width), pixel(point.y, height)
+        return point.positive is None and any(math.hypot(x - sx, y - sy) < _SAME_PIXEL for sx, sy in spent)
+
+    gone = {point for point in interaction.points if is_spent(point)}
+    if not gone:
+        return interaction
+    names = {point.region for point in gone}
+    return dataclasses.replace(
+        interaction,
+        points=tuple(point for point in interaction.points if point not in gone),
+        ids=tuple(region for region in interaction.ids if region not in names),
+    )
 
 
 def nearest(
