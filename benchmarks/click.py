@@ -42,7 +42,8 @@ def plot(result: dict[str, Any]) -> bytes:
     axes.set_title(f"{result['machine']['cpu']}, {result['threads']} threads", fontsize=9)
     axes.legend(frameon=False)
     picture = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(picture)
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.print_png(picture)
     return picture.getvalue()
 
 

@@ -24,7 +24,7 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int kInterface = 2;  // runtime/native.py asks for exactly this
+constexpr int kInterface = 3;  // runtime/native.py asks for exactly this
 constexpr std::int64_t kMaxSide = 1 << 20;
 constexpr int kMaxThreads = 1024;
 
@@ -236,7 +236,7 @@ public:
         : decoder_(make(weights, sizes, kernels_named(isa))) {}
 
     // -> logits inside the box, box in tokens, low logits
-    py::tuple decode(const py::object& tokens_object, const py::list& edges, const py::list& scales,
+    py::tuple decode(const py::object& tokens_object, const py::list& edges, const py::list& units, const py::list& middles,
                      const py::object& cosines_object, const py::object& sines_object, const py::object& state_object,
                      const std::optional<std::array<std::int64_t, 4>>& forced) const {
         const i2f::DecoderSizes& sizes = decoder_->sizes();
@@ -253,29 +253,38 @@ public:
         image.rows = rows;
         image.columns = columns;
         image.tokens = tokens.data();
-        if (edges.size() != 4 || scales.size() != 4) throw py::value_error("edges and scales must hold 4 arrays each.");
+        if (edges.size() != 4 || units.size() != 4 || middles.size() != 4) {
+            throw py::value_error("edges, units and middles must hold 4 arrays each.");
+        }
         std::vector<py::array> alive;
         for (std::size_t j = 0; j < 4; ++j) {
             const std::string name = "edges[" + std::to_string(j) + "]";
+            const std::string units_name = "units[" + std::to_string(j) + "]";
             const std::int64_t outputs = j < 3 ? sizes.up[j + 1] : 1;
-            const std::vector<std::int64_t> size{i2f::edge_map_size(outputs, rows, columns, static_cast<int>(j))};
+            const std::int64_t size = i2f::edge_map_size(outputs, rows, columns, static_cast<int>(j));
             i2f::EdgeMaps& maps = image.edges[j];
             if (py::isinstance<py::array_t<std::int16_t>>(edges[j])) {
                 const auto array = typed<std::int16_t>(edges[j], name, 1);
+                const auto unit = typed<std::uint16_t>(units[j], units_name, 1);
+                require_shape(unit, units_name, {i2f::blocks_of(size, i2f::kEdgeBlock)});
+                require_contiguous(unit, units_name);
+                const std::string middles_name = "middles[" + std::to_string(j) + "]";
+                const auto middle = typed<float>(middles[j], middles_name, 2);
+                require_shape(middle, middles_name, {9, outputs});
+                require_contiguous(middle, middles_name);
+                maps.middles = middle.data();
+                alive.push_back(middle);
                 maps.packed = array.data();
+                maps.units = unit.data();
+                alive.push_back(unit);
                 alive.push_back(array);
             } else {
                 const auto array = typed<float>(edges[j], name, 1);
                 maps.exact = array.data();
                 alive.push_back(array);
             }
-            require_shape(alive.back(), name, size);
+            require_shape(alive.back(), name, {size});
             require_contiguous(alive.back(), name);
-            const auto scale = typed<float>(scales[j], "scales[" + std::to_string(j) + "]", 1);
-            require_shape(scale, "scales[" + std::to_string(j) + "]", {outputs});
-            require_contiguous(scale, "scales[" + std::to_string(j) + "]");
-            maps.scale = scale.data();
-            alive.push_back(scale);
         }
         const auto cosines = typed<float>(cosines_object, "cosines", 2);
         const auto sines = typed<float>(sines_object, "sines", 2);
@@ -460,7 +469,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     py::class_<Decoder>(m, "Decoder")
         .def(py::init<const py::dict&, const py::dict&, const std::string&>(), py::arg("weights"), py::arg("sizes"),
              py::arg("isa") = "auto")
-        .def("decode", &Decoder::decode, py::arg("tokens"), py::arg("edges"), py::arg("scales"), py::arg("cosines"),
+        .def("decode", &Decoder::decode, py::arg("tokens"), py::arg("edges"), py::arg("units"), py::arg("middles"), py::arg("cosines"),
              py::arg("sines"), py::arg("state"), py::arg("box") = py::none())
         .def_property_readonly("isa", &Decoder::isa)
         .def_property_readonly("nbytes", &Decoder::nbytes);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "thread_pool.h"
 
@@ -23,43 +24,70 @@ struct EdgeLayout {
     EdgeLayout(std::int64_t outputs, std::int64_t token_rows, std::int64_t token_columns, int stage)
         : out(outputs), rows(token_rows), columns(token_columns),
           high_rows(token_rows * (std::int64_t{2} << stage)), high_columns(token_columns * (std::int64_t{2} << stage)) {
-        above = out * high_rows * high_columns;
-        below = above + out * rows * high_columns;
-        before = below + out * rows * high_columns;
-        behind = before + out * columns * high_rows;
-        corners = behind + out * columns * high_rows;
-        size = corners + 4 * out * rows * columns;
+        above = round_to(out * high_rows * high_columns, kEdgeBlock);
+        below = above + round_to(out * rows * high_columns, kEdgeBlock);
+        before = below + round_to(out * rows * high_columns, kEdgeBlock);
+        behind = before + round_to(out * columns * high_rows, kEdgeBlock);
+        corners = behind + round_to(out * columns * high_rows, kEdgeBlock);
+        size = corners + round_to(4 * out * rows * columns, kEdgeBlock);
     }
 };
 
-// Row y of the crop's conv(E) + bias for channel c. T is float or int16.
-template <class T>
-void edge_row(const EdgeLayout& at, const T* maps, float scale, float bias, std::int64_t c, const TokenBox& box,
+// `part` counts what EdgeMaps lists: all, above, below, before, behind, the four corners.
+struct Exact {
+    const float* maps;
+
+    float at(std::int64_t, std::int64_t i) const { return maps[i]; }
+    // row[k] += sign * maps[first + k]
+    void add(std::int64_t, std::int64_t first, std::int64_t count, float sign, float* row) const {
+        for (std::int64_t k = 0; k < count; ++k) row[k] += sign * maps[first + k];
+    }
+};
+
+struct Packed {
+    const std::int16_t* maps;
+    const std::uint16_t* units;
+    const float* middles;  // of this channel
+    std::int64_t out;
+
+    float unit(std::int64_t block) const {
+        const std::uint32_t bits = static_cast<std::uint32_t>(units[block]) << 16;
+        float value;
+        std::memcpy(&value, &bits, sizeof(value));
+        return value;
+    }
+    float at(std::int64_t part, std::int64_t i) const {
+        return middles[part * out] + unit(i / kEdgeBlock) * static_cast<float>(maps[i]);
+    }
+    void add(std::int64_t part, std::int64_t first, std::int64_t count, float sign, float* row) const {
+        const float middle = sign * middles[part * out];
+        for (std::int64_t k = 0; k < count;) {
+            const std::int64_t block = (first + k) / kEdgeBlock;
+            const std::int64_t end = std::min(count, (block + 1) * kEdgeBlock - first);
+            const float by = sign * unit(block);
+            for (; k < end; ++k) row[k] += middle + by * static_cast<float>(maps[first + k]);
+        }
+    }
+};
+
+// Row y of the crop's conv(E) + bias for channel c.
+template <class Maps>
+void edge_row(const EdgeLayout& at, const Maps& maps, float bias, std::int64_t c, const TokenBox& box,
               std::int64_t pixels, std::int64_t y, float* row) {
     const std::int64_t width = (box.right - box.left) * pixels;
     const std::int64_t height = (box.bottom - box.top) * pixels;
     const std::int64_t full_y = box.top * pixels + y;
     const std::int64_t x0 = box.left * pixels;
-    const T* all = maps + (c * at.high_rows + full_y) * at.high_columns + x0;
-    for (std::int64_t x = 0; x < width; ++x) row[x] = bias + scale * static_cast<float>(all[x]);
+    std::fill_n(row, width, bias);
+    maps.add(0, (c * at.high_rows + full_y) * at.high_columns + x0, width, 1.0F, row);
     const bool first = y == 0;
     const bool last = y == height - 1;
-    if (first) {
-        const T* above = maps + at.above + (c * at.rows + box.top) * at.high_columns + x0;
-        for (std::int64_t x = 0; x < width; ++x) row[x] -= scale * static_cast<float>(above[x]);
-    }
-    if (last) {
-        const T* below = maps + at.below + (c * at.rows + box.bottom - 1) * at.high_columns + x0;
-        for (std::int64_t x = 0; x < width; ++x) row[x] -= scale * static_cast<float>(below[x]);
-    }
-    const auto side = [&](std::int64_t base, std::int64_t column) {
-        return scale * static_cast<float>(maps[base + (c * at.columns + column) * at.high_rows + full_y]);
-    };
-    row[0] -= side(at.before, box.left);
-    row[width - 1] -= side(at.behind, box.right - 1);
+    if (first) maps.add(1, at.above + (c * at.rows + box.top) * at.high_columns + x0, width, -1.0F, row);
+    if (last) maps.add(2, at.below + (c * at.rows + box.bottom - 1) * at.high_columns + x0, width, -1.0F, row);
+    row[0] -= maps.at(3, at.before + (c * at.columns + box.left) * at.high_rows + full_y);
+    row[width - 1] -= maps.at(4, at.behind + (c * at.columns + box.right - 1) * at.high_rows + full_y);
     const auto corner = [&](std::int64_t index, std::int64_t token_row, std::int64_t token_column) {
-        const std::int64_t base = at.corners + index * at.out * at.rows * at.columns;
-        return scale * static_cast<float>(maps[base + (c * at.rows + token_row) * at.columns + token_column]);
+        return maps.at(5 + index, at.corners + ((index * at.out + c) * at.rows + token_row) * at.columns + token_column);
     };
     if (first) {  // taken off twice above
         row[0] += corner(0, box.top, box.left);
@@ -192,9 +220,9 @@ void Upsampling::stage(int index, const float* z, std::int64_t height, std::int6
                     }
                 }
                 if (edges.packed != nullptr) {
-                    edge_row(layout, edges.packed, edges.scale[c0 + c], weights.bias[c0 + c], c0 + c, box, side, y, edge);
+                    edge_row(layout, Packed{edges.packed, edges.units, edges.middles + c0 + c, outputs}, weights.bias[c0 + c], c0 + c, box, side, y, edge);
                 } else {
-                    edge_row(layout, edges.exact, 1.0F, weights.bias[c0 + c], c0 + c, box, side, y, edge);
+                    edge_row(layout, Exact{edges.exact}, weights.bias[c0 + c], c0 + c, box, side, y, edge);
                 }
                 kernels_.up_row(up, up_scratch, row_sums + ((c0 + c) * 2 * height + y) * 2);
                 std::copy_n(line, 2 * width, out + ((c0 + c) * 2 * height + y) * 2 * width);

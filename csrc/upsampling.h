@@ -16,18 +16,22 @@ struct TokenBox {
     std::int64_t left, top, right, bottom;  // half-open, tokens
 };
 
-// conv(E) of one stage over the whole map, in `scale[c]` units of int16, or in float32 (then scale is all ones).
+// conv(E) of one stage over the whole map, in float32 or in int16: of those, kEdgeBlock after the other share a unit.
 // The convolution of a crop sees zeros outside: at the crop's outermost pixels the part that came from outside is
 // taken off again. s = 2 << stage pixels a token.
 struct EdgeMaps {
-    const std::int16_t* packed;   // one of the two is null
+    const std::int16_t* packed;  // one of the two is null
     const float* exact;
-    const float* scale;           // [out]
+    const std::uint16_t* units;  // of packed, bfloat16 [ceil(size / kEdgeBlock)]
+    const float* middles;        // of packed, [9][out]: what its numbers are relative to, in each part and channel
     // In one array: all [out][s rows][s columns], above [out][rows][s columns], below [same], before
     // [out][columns][s rows], behind [same], then the four corners [out][rows][columns]: above before, above behind,
     // below before, below behind. rows, columns in tokens; index k of `above` and `before` is for a crop that begins
-    // with token k, of `below` and `behind` for one that ends with it.
+    // with token k, of `below` and `behind` for one that ends with it. Each part, the corners being one, is filled up
+    // with zeros to whole blocks.
 };
+
+constexpr std::int64_t kEdgeBlock = 32;
 
 std::int64_t edge_map_size(std::int64_t out, std::int64_t rows, std::int64_t columns, int stage);
 
