@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import cv2
@@ -42,6 +43,7 @@ from inter2former.prompts import Box, Click, check_clicks
 from inter2former.runtime import compute, native
 from inter2former.runtime.cache import ByteCache, CacheInfo
 from inter2former.runtime.decoder import CompactEncoding, FusedDecoder
+from inter2former.runtime.encoding_folder import EncodingFolder, FolderInfo
 from inter2former.runtime.packing import pack
 
 Mask = npt.NDArray[np.bool_]
@@ -235,6 +237,7 @@ class Segmenter:
         self._model = model.eval()
         self._model_size = _check_size(model_size, ConfigError)
         self._cache = ByteCache(cache_bytes)
+        self._on_disk: EncodingFolder | None = None
         self._max_pixels = max_pixels
         self._encodes = 0
         self._counter = threading.Lock()
@@ -250,6 +253,22 @@ class Segmenter:
 
     def cache_info(self) -> CacheInfo:
         return self._cache.info()
+
+    def keep_encodings(self, folder: Path, budget_bytes: int) -> None:
+        """Keep encodings in a folder too, over restarts and beyond the memory, with a budget of its own.
+
+        Those of other weights are not used, and leave it in their turn.
+
+        raises  ConfigError for a folder that cannot be used, or weights without a digest
+        """
+        # The native decoder has an encoding of its own, laid out as its version wants it.
+        maker = f"native{native.INTERFACE}" if native.status().available else "torch"
+        owner = f"{self.digest[:16]}-{maker}" if self.digest else ""
+        self._on_disk = EncodingFolder(folder, budget_bytes, owner, (ImageEncoding, CompactEncoding))
+
+    def folder_info(self) -> FolderInfo | None:
+        """Of the encodings on disk; None when none are kept there."""
+        return None if self._on_disk is None else self._on_disk.info()
 
     def clear_cache(self) -> None:
         """Forget everything that was computed. No mask depends on it."""
@@ -420,12 +439,19 @@ class Segmenter:
 
         def make() -> ImageEncoding:
             nonlocal made
+            name = f"{pixels.info.key}-{frame.size}"
+            known: ImageEncoding | None = None if self._on_disk is None else self._on_disk.load(name)
+            if known is not None:
+                return known
             made = True
             rgb = pixels.rgb()
             with pixels.clock("prepare"):
                 image = compute.run(lambda: frame.prepare(rgb))
             with pixels.clock("encode"):
-                return compute.run(lambda: self._encode(image))
+                encoding = compute.run(lambda: self._encode(image))
+            if self._on_disk is not None:
+                self._on_disk.store(name, encoding)
+            return encoding
 
         with pixels.clock("encode"):  # waiting for another request's encode, if any
             encoding = self._cache.get_or_make(("encoding", pixels.info.key, frame.size), make)

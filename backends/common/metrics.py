@@ -80,6 +80,12 @@ class _SegmenterCollector(Collector):
         yield CounterMetricFamily("inter2former_cache_evictions", "Made room for others.", value=cache.evictions)
         yield GaugeMetricFamily("inter2former_cache_bytes", "Bytes in the cache.", value=cache.nbytes)
         yield GaugeMetricFamily("inter2former_cache_budget_bytes", "Bytes it may hold.", value=cache.budget_bytes)
+        folder = self._segmenter.folder_info()
+        if folder is not None:
+            yield CounterMetricFamily("inter2former_folder_hits", "Encodings found on disk.", value=folder.hits)
+            yield CounterMetricFamily("inter2former_folder_evictions", "Made room on disk.", value=folder.evictions)
+            yield GaugeMetricFamily("inter2former_folder_bytes", "Bytes on disk.", value=folder.nbytes)
+            yield GaugeMetricFamily("inter2former_folder_budget_bytes", "May be there.", value=folder.budget_bytes)
         info = GaugeMetricFamily(
             "inter2former_info", "What is running.", labels=["version", "model", "instruction_set"]
         )

@@ -55,6 +55,8 @@ def warm_segmenter(settings: Settings) -> Segmenter:
     )
     segmenter.segment(np.zeros((64, 64, 3), np.uint8), [Click(32, 32)])
     segmenter.clear_cache()
+    if settings.cache_dir is not None:
+        segmenter.keep_encodings(settings.cache_dir, settings.cache_dir_mb * 2**20)
     log.info("ready after %.1f s, model %s", time.perf_counter() - began, segmenter.digest[:12])
     return segmenter
 

@@ -47,6 +47,8 @@ class Settings(BaseSettings):
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="compute threads, 1 to 1024; not set: all cores"
     )
+    cache_dir: Path | None = Field(default=None, description="a folder that can be written to, or be made")
+    cache_dir_mb: int = Field(default=4096, ge=1, le=2**20, description="megabytes of that folder, 1 to 1048576")
     cache_mb: int = Field(default=512, ge=0, le=2**20, description="megabytes for image encodings, 0 to 1048576")
     max_pixels: int = Field(default=100_000_000, ge=1, le=10**9, description="pixels of an image, 1 to 1000000000")
     max_download_mb: int = Field(default=64, ge=1, le=4096, description="megabytes of an image file, 1 to 4096")

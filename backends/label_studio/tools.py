@@ -331,7 +331,7 @@ def attach(platform: LabelStudio, url: str, project: int, user: str = "", passwo
 
 @dataclasses.dataclass
 class Precomputed:
-    """What came of it. `full` says that the backend's memory ended it."""
+    """What came of it. `full` says that the backend's folder, or without one its memory, ended it."""
 
     done: int = 0
     failed: int = 0
@@ -357,7 +357,9 @@ def precompute_project(
     name = f"{number}.{_unix(created)}"
     total = min(int(project.get("task_number") or 0), limit)
     result = Precomputed(total=total)
-    evicted = _metric(backend, "inter2former_cache_evictions_total")
+    kept_on_disk = _metric(backend, "inter2former_folder_budget_bytes") > 0
+    evictions = f"inter2former_{'folder' if kept_on_disk else 'cache'}_evictions_total"
+    evicted = _metric(backend, evictions)
 
     def ask(task: dict[str, Any]) -> str:
         body = {
@@ -383,7 +385,7 @@ def precompute_project(
                     result.done += not trouble
                     result.failed += bool(trouble)
                     say(result, trouble)
-                if _metric(backend, "inter2former_cache_evictions_total") > evicted:
+                if _metric(backend, evictions) > evicted:
                     result.full = True
                     return result
     return result
@@ -487,7 +489,7 @@ def precompute(
     password: Password = "",
     limit: Annotated[int, typer.Option(min=1, help="at most so many tasks")] = 10**9,
 ) -> None:
-    """Look at a project's images ahead of time, until the memory (I2F_CACHE_MB) of the backend is full."""
+    """Look at a project's images ahead of time, until the backend's folder (I2F_CACHE_DIR) or else memory is full."""
     console = rich.console.Console(stderr=True, highlight=False)
     with (
         _servers(url, token, backend, user, password) as (platform, server),
@@ -503,5 +505,7 @@ def precompute(
         result = precompute_project(platform, server, project, limit=limit, say=say)
     console.print(f"{result.done} of {result.total} images are known, {result.failed} failed.", soft_wrap=True)
     if result.full:
-        console.print("The backend's memory is full: raise I2F_CACHE_MB for more.")
+        console.print(
+            "There is no room for more: raise I2F_CACHE_DIR_MB, or I2F_CACHE_MB if there is no I2F_CACHE_DIR."
+        )
     raise typer.Exit(1 if result.failed else 0)
