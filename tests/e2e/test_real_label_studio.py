@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
+import numpy.typing as npt
 import pytest
 from label_studio_real import Client, Photo, backend, checked_mask, click, forgotten, free_port, metric, rectangle
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 
 from backends.label_studio.__main__ import main
 from inter2former import brush_rle
@@ -148,22 +150,34 @@ KINDS = (
 )  # fmt: skip
 
 
-def test_exported_masks_are_the_served_ones_whatever_the_file(client: Client, server: str, tmp_path: Path) -> None:
-    photos = [_photo(tmp_path, number, kind) for number, kind in enumerate(KINDS)]
+def test_exported_masks_are_the_served_ones_whatever_the_file(
+    client: Client, server: str, tmp_path: Path, weights: dict[str, str]
+) -> None:
+    made = [_photo(tmp_path, number, kind) for number, kind in enumerate(KINDS)]
+    photos, truths = [photo for photo, _ in made], [truth for _, truth in made]
     project = client.project(photos, server)
     assert len(photos) >= 20
     served = {}
-    for task, (_, size) in zip(project.tasks, photos, strict=True):
-        context = [click(40, 60, size), click(95, 5, size, False)]
+    for task, (_, size), truth in zip(project.tasks, photos, truths, strict=True):
+        (x, y), (away_x, away_y) = (
+            100 * (np.argwhere(part).mean(0) + 0.5)[::-1] / size for part in (truth, _corner(truth))
+        )
+        context = [click(x, y, size), click(away_x, away_y, size, False)]
         regions = project.regions(task, context)
         served[task] = checked_mask(regions, context)
         client.call("POST", f"/api/tasks/{task}/annotations", json={"result": regions})
     exported = {one["id"]: one["annotations"][0]["result"] for one in client.export(project.id)}
     assert sorted(exported) == project.tasks
-    for task, (_, (width, height)) in zip(project.tasks, photos, strict=True):
+    ious = []
+    for task, (_, (width, height)), truth in zip(project.tasks, photos, truths, strict=True):
         (entry,) = exported[task]
-        assert served[task].shape == (height, width)
-        assert np.array_equal(brush_rle.decode(entry["value"]["rle"], height, width), served[task])
+        assert served[task].shape == truth.shape == (height, width)
+        mask = brush_rle.decode(entry["value"]["rle"], height, width)
+        assert np.array_equal(mask, served[task])
+        ious.append(_iou(mask, truth))
+        assert ious[-1] == _iou(served[task], truth)
+    if not weights:  # those that are shipped have learned something
+        assert np.mean(ious) > 0.5, ious
     # The platform's own reading of them.
     archive = client.call("GET", f"/api/projects/{project.id}/export?exportType=BRUSH_TO_PNG")
     with zipfile.ZipFile(io.BytesIO(archive)) as files:
@@ -174,16 +188,31 @@ def test_exported_masks_are_the_served_ones_whatever_the_file(client: Client, se
     assert len(names) == len(photos)
 
 
-def _photo(folder: Path, number: int, kind: str) -> Photo:
-    """A file of a kind, each of another size, and the size that a browser shows."""
+def _iou(mask: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> float:
+    return float((mask & truth).sum() / (mask | truth).sum())
+
+
+def _corner(truth: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """The part of an image that is farthest away from an object."""
+    away = cv2.distanceTransform((~truth).astype(np.uint8), cv2.DIST_L2, 5)
+    return np.asarray(away == away.max())
+
+
+def _photo(folder: Path, number: int, kind: str) -> tuple[Photo, npt.NDArray[np.bool_]]:
+    """A file of a kind, each of another size, with the size that a browser shows; and the disc in it, as shown."""
     suffix, _, mode = kind.partition(" ")
     with Image.open(PHOTOS / "chelsea.jpg") as picture:
         image = picture.convert("RGB").resize((120 + 3 * number, 91 + 2 * number))
+    width, height = image.size
+    disc = Image.new("L", image.size)
+    ImageDraw.Draw(disc).ellipse([0.2 * width, 0.3 * height, 0.6 * width, 0.9 * height], fill=255)
+    image.paste((250, 240, 40), mask=disc)
     options: dict[str, Any] = {"quality": 90} if suffix in ("jpg", "webp") else {}
     shown = image.size
     if mode.startswith("exif"):
         exif = Image.Exif()
-        exif[0x0112] = int(mode[-1])
+        exif[0x0112] = disc.getexif()[0x0112] = int(mode[-1])
+        disc = ImageOps.exif_transpose(disc)
         options["exif"] = exif
         shown = shown[::-1] if int(mode[-1]) >= 5 else shown
     elif mode == "I;16":
@@ -192,15 +221,21 @@ def _photo(folder: Path, number: int, kind: str) -> Photo:
         image = image.convert(mode)
     path = folder / f"{number:02d}.{suffix}"
     image.save(path, **options)
-    return Photo(path, shown)
+    return Photo(path, shown), np.asarray(disc) > 0
 
 
 def test_connect_doctor_and_precompute(
-    client: Client, photo: MakePhoto, logs: Path, weights: dict[str, str], capsys: pytest.CaptureFixture[str]
+    client: Client,
+    photo: MakePhoto,
+    logs: Path,
+    weights: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     photos = [photo("chelsea.jpg"), photo("rocket.jpg"), photo("coffee.jpg")]
     token = client.personal_access_token()
-    settings = weights | {"LABEL_STUDIO_URL": client.address, "LABEL_STUDIO_API_KEY": token, "I2F_AHEAD_TASKS": "2"}
+    settings = weights | {"LABEL_STUDIO_URL": client.address, "LABEL_STUDIO_API_KEY": token}
+    settings |= {"I2F_AHEAD_TASKS": "2", "I2F_CACHE_DIR": str(tmp_path / "encodings")}
     with backend(logs / "tools.txt", **settings) as ours:
         project = client.project(photos, ours)
         client.call("DELETE", f"/api/ml/{project.ml}")
@@ -233,6 +268,11 @@ def test_connect_doctor_and_precompute(
         assert metric(ours, "inter2former_encodes_total") == before + 2
         assert main(["precompute", *common]) == 0
         assert metric(ours, "inter2former_encodes_total") == before + 2
+    with backend(logs / "tools.txt", port=int(ours.rpartition(":")[2]), **settings):  # what is on disk is there again
+        before = metric(ours, "inter2former_encodes_total")
+        assert main(["precompute", *common]) == 0
+        assert metric(ours, "inter2former_encodes_total") == before
+        assert metric(ours, "inter2former_folder_hits_total") == 3
 
 
 def test_opening_a_task_looks_at_the_next_ones(

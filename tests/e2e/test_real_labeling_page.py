@@ -248,16 +248,25 @@ def test_box_second_object_and_a_reload_in_mid_object(
         assert page.masks() == 2
         # The page takes away the clicks that it knows as such. One made before the reload stays, as a plain point.
         assert page.regions() == 3
+        end = time.monotonic() + 120  # the page saves its draft every few seconds
+        while sum(entry["type"] == "brushlabels" for entry in client.drafts(project.tasks[0])[0]["result"]) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.5)
+        third = page.click(55, 20)
+        page.accept()
         page.submit()
     assert [entry["type"] for entry in boxed["context"]] == ["rectanglelabels"]
     assert len(second["context"]) == 1
     assert len(again["context"]) == 2
+    # That point comes along with the next object, but has no part in it.
+    assert len(third["context"]) == 2
+    assert len(third["answer"]["data"]["result"][0]["meta"]["inter2former"]["clicks"]) == 1
     (annotation,) = project.annotations(project.tasks[0])
     stored = [entry for entry in annotation["result"] if entry["type"] == "brushlabels"]
-    served = [boxed["answer"]["data"]["result"][0], again["answer"]["data"]["result"][0]]
+    served = [seen["answer"]["data"]["result"][0] for seen in (boxed, again, third)]
     assert [entry["value"]["rle"] for entry in stored] == [entry["value"]["rle"] for entry in served]
     # Where a mask comes from is kept with it.
-    assert [entry["meta"]["inter2former"]["model"] for entry in stored] == [project.model_version] * 2
+    assert [entry["meta"]["inter2former"]["model"] for entry in stored] == [project.model_version] * 3
     for entry in (*project.client.export(project.id)[0]["annotations"][0]["result"],):
         if entry["type"] == "brushlabels":
             assert entry["meta"]["inter2former"]["score"] >= 0
