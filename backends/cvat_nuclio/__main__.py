@@ -10,7 +10,7 @@ import nuclio_sdk
 from backends.common.server import Admission, serve
 from backends.common.settings import Settings
 from backends.cvat_nuclio import main as function
-from backends.cvat_nuclio.serve import arguments, create_app
+from backends.cvat_nuclio.serve import PLACES, arguments, create_app
 
 
 def main() -> int:
@@ -18,8 +18,8 @@ def main() -> int:
 
     def create(_: Settings) -> flask.Flask:
         context = nuclio_sdk.Context()
-        function.init_context(context)
-        admission = Admission(running=options.workers, waiting=16, wait_s=10.0)
+        context.user_data.interactor = function.shared_interactor(options.workers)
+        admission = Admission(running=PLACES, waiting=0, wait_s=0.0)  # the interactor has lines of its own
         return create_app(function.handler, context, admission=admission)
 
     return serve(create, options.host, options.port)

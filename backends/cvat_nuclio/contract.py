@@ -31,10 +31,10 @@ from inter2former.prompts import Box, Click
 MAX_BODY_BYTES = 32 * 2**20  # the limit that CVAT's own functions set: about 24 MiB of image after base64
 MAX_POINTS = 256  # each may cost one decoder pass; a person needs a few dozen
 OUTSIDE_PX = 1.0  # CVAT sends x = width for a click on the far border: up to this far outside is the last pixel
-GZIP_ABOVE_BYTES = 20_000  # about a millisecond for what a large and ragged shape takes
 _BAND = 32  # rows of a mask looked at together
 
 ResponseForm = Literal["mask", "shapes"]
+GZIP_ABOVE_BYTES: dict[ResponseForm, int] = {"mask": 100_000, "shapes": 20_000}  # worth a millisecond or more
 _IMAGE = re.compile(rb'"image"\s*:\s*"')
 _STAND_IN = secrets.token_hex(16)  # for the text of an image while the rest is parsed; no caller can guess it
 Mask = npt.NDArray[np.bool_]

@@ -27,7 +27,7 @@ from backends.common.server import Admission, serve
 from backends.common.settings import Settings
 from backends.cvat_nuclio.main import shared_interactor
 from backends.cvat_nuclio.replicas import Replicas
-from backends.cvat_nuclio.serve import arguments, limit_body, to_flask
+from backends.cvat_nuclio.serve import PLACES, arguments, limit_body, to_flask
 from backends.cvat_nuclio.service import Interactor, Reply, failed, refused
 
 FUNCTION_FILE = pathlib.Path(__file__).with_name("function.yaml")
@@ -124,7 +124,7 @@ def create_app(
     def click() -> flask.Response:
         body = flask.request.get_data()
         try:
-            with interactor.metrics.queue.track_inprogress(), admission.place(), admission.turn():
+            with admission.place(), admission.turn():
                 reply = interactor.answer(
                     body,
                     accepts_gzip=flask.request.accept_encodings.quality("gzip") > 0,
@@ -166,13 +166,13 @@ def main() -> int:
 
     def create(_: Settings) -> flask.Flask:
         upstream = Upstream(options.upstream) if options.upstream else None
-        # Replicas have lines of their own; here only some threads are kept free for health and the list of functions.
-        running, waiting = (24, 0) if options.replica else (options.workers, 16)
+        # Who answers has lines of its own; here only some threads are kept free for health and the list of functions.
+        places = 24 if options.replica else PLACES
         return create_app(
-            Replicas(options.replica) if options.replica else shared_interactor(),
+            Replicas(options.replica) if options.replica else shared_interactor(options.workers),
             port=options.port,
             upstream=upstream,
-            admission=Admission(running, waiting, wait_s=10.0),
+            admission=Admission(running=places, waiting=0, wait_s=0.0),
         )
 
     return serve(create, options.host, options.port)

@@ -25,10 +25,11 @@ _lock = threading.Lock()
 _interactor: Interactor | Replicas | None = None
 
 
-def shared_interactor() -> Interactor | Replicas:
+def shared_interactor(at_once: int = 2) -> Interactor | Replicas:
     """The one interactor of this process, made from the environment: weights and caches exist once, whoever asks.
 
-    raises  ConfigError with every wrong setting, CheckpointError
+    at_once  clicks, of the first to ask
+    raises   ConfigError with every wrong setting, CheckpointError
     """
     global _interactor
     with _lock:
@@ -39,23 +40,26 @@ def shared_interactor() -> Interactor | Replicas:
                 log.warning(
                     "I2F_BASIC_AUTH_USER guards no door of CVAT: CVAT cannot log in. Keep it on an inner network."
                 )
-            _interactor = Replicas(settings.cvat_servers) if settings.cvat_servers else create_interactor(settings)
+            if settings.cvat_servers:
+                _interactor = Replicas(settings.cvat_servers)
+            else:
+                _interactor = create_interactor(settings, at_once)
         return _interactor
 
 
-def create_interactor(settings: Settings) -> Interactor:
+def create_interactor(settings: Settings, at_once: int = 2) -> Interactor:
     """An interactor with its own weights and caches, after one click on nothing: the first person waits for no set-up.
 
     raises  CheckpointError, ConfigError, NumericError
     """
     segmenter = warm_segmenter(settings)
     if settings.cvat_url is None:  # "auto" then is "mask", which every page reads
-        return Interactor(segmenter, form=settings.cvat_response)
+        return Interactor(segmenter, form=settings.cvat_response, at_once=at_once)
     token = settings.cvat_access_token
     reads_shapes = ReadsShapes(settings.cvat_url, token.get_secret_value() if token else None)
     if settings.cvat_response == "auto":
         reads_shapes.ask()
-    return Interactor(segmenter, form=settings.cvat_response, reads_shapes=reads_shapes)
+    return Interactor(segmenter, form=settings.cvat_response, reads_shapes=reads_shapes, at_once=at_once)
 
 
 def init_context(context: Any) -> None:

@@ -57,7 +57,8 @@ class Replicas:
         try:
             digest = contract.parse(body).image_digest
             data = body if isinstance(body, bytes) else body.encode() if isinstance(body, str) else contract.dump(body)
-            reply = self._ask(digest, data, accepts_gzip, new_request_id(request_id))
+            with self.metrics.queue.track_inprogress():
+                reply = self._ask(digest, data, accepts_gzip, new_request_id(request_id))
         except Exception as error:
             reply = failed(error)
         self.metrics.request("click", reply.status)

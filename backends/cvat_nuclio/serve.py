@@ -24,6 +24,7 @@ from backends.common.server import Admission
 from backends.cvat_nuclio import contract
 from backends.cvat_nuclio.service import Reply, failed, refused
 
+PLACES = 18  # clicks at work or in line in one process; the next one is refused at once (R10)
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 

@@ -7,6 +7,8 @@ import io
 import json
 import pathlib
 import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import cvat_page
 import nuclio_sdk
@@ -18,10 +20,11 @@ from hypothesis import strategies as st
 from nuclio_sdk.event import EventDeserializerKinds
 from nuclio_sdk.json_encoder import Encoder
 from PIL import Image
+from synthetic import encode_png, make_image
 
 from backends.common.settings import Settings
 from backends.cvat_nuclio import main
-from backends.cvat_nuclio.service import Interactor
+from backends.cvat_nuclio.service import MAX_ENCODES, Interactor
 from inter2former.checkpoints import save_checkpoint
 from inter2former.config import tiny
 from inter2former.images import decode_image
@@ -351,6 +354,74 @@ def test_c15_r9_people_on_one_image_encode_it_once():
     assert {point: reply.body for point, reply in replies.items()} == {
         point: alone.answer(body(pos=[point])).body for point in points
     }
+
+
+def made(seed):
+    return body(encode_png(make_image(60, 80, seed)), pos=[(30, 20)])
+
+
+def test_r11_who_clicks_on_a_known_image_waits_for_no_encoding(monkeypatch):
+    segmenter = new_segmenter()
+    interactor = Interactor(segmenter, form="shapes")
+    known, new = made(1), made(2)
+    assert interactor.answer(known).status == 200
+    begun, may_end, prefetch = threading.Event(), threading.Event(), segmenter.prefetch
+
+    def slow(image):
+        begun.set()
+        assert may_end.wait(60)
+        return prefetch(image)
+
+    monkeypatch.setattr(segmenter, "prefetch", slow)
+    with ThreadPoolExecutor(8) as people:
+        waiting = [people.submit(interactor.answer, new) for _ in range(4)]
+        assert begun.wait(60)
+        other = {**new, "pos_points": [[20, 20]]}
+        waiting.append(people.submit(interactor.answer, other))
+        for x in range(4):
+            assert interactor.answer({**known, "pos_points": [[x, 5]]}).status == 200
+        assert not any(answer.done() for answer in waiting)
+        may_end.set()
+        assert [answer.result().status for answer in waiting] == [200] * 5
+    assert segmenter.encodes == 2
+
+
+def test_r10_too_many_new_images_are_refused_and_clicks_are_not(monkeypatch):
+    segmenter = new_segmenter()
+    interactor = Interactor(segmenter, form="shapes")
+    known, *new = (made(seed) for seed in range(MAX_ENCODES + 2))
+    assert interactor.answer(known).status == 200
+    may_end, prefetch = threading.Event(), segmenter.prefetch
+    monkeypatch.setattr(segmenter, "prefetch", lambda image: may_end.wait(60) and prefetch(image))
+    with ThreadPoolExecutor(len(new)) as people:
+        waiting = [people.submit(interactor.answer, body) for body in new]
+        refused, _ = wait(waiting, timeout=60, return_when=FIRST_COMPLETED)
+        assert [answer.result().status for answer in refused] == [503]
+        assert interactor.answer({**known, "pos_points": [[3, 5]]}).status == 200
+        may_end.set()
+        assert sorted(answer.result().status for answer in waiting) == [200] * MAX_ENCODES + [503]
+
+
+def test_a_wrong_point_of_the_first_to_come_is_no_error_of_those_who_wait(monkeypatch):
+    segmenter = new_segmenter()
+    interactor = Interactor(segmenter, form="shapes")
+    asked = made(1)
+    begun, may_go, known = threading.Event(), threading.Event(), segmenter.known
+
+    def slow(data):
+        begun.set()
+        assert may_go.wait(60)
+        return known(data)
+
+    monkeypatch.setattr(segmenter, "known", slow)
+    with ThreadPoolExecutor(2) as people:
+        wrong = people.submit(interactor.answer, {**asked, "pos_points": [[5000, 5]]})
+        assert begun.wait(60)
+        right = people.submit(interactor.answer, asked)
+        while interactor._at_encode.info().hits == 0:
+            time.sleep(0.001)
+        may_go.set()
+        assert (wrong.result().status, right.result().status) == (400, 200)
 
 
 def test_r2_nobody_gets_the_mask_of_another_image():
