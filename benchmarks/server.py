@@ -2,8 +2,9 @@
 
     python -m benchmarks.server --users 4
 
-Starts the server as people do, twice: for the users together, and for one alone who makes the same clicks; every mask
-of the first has to equal that of the second. Then the same clicks with 100 accepted masks in each task's draft. Written
+Starts the server as people do, three times: for users who click again as soon as they have an answer, for users who
+take PAUSE_S to look at it, which is still fast for a person, and for one alone who makes the same clicks; every mask of
+the first two has to equal that of the third. Then the same clicks with 100 accepted masks in each task's draft. Written
 to benchmarks/results/server.json.
 """
 
@@ -33,6 +34,7 @@ from benchmarks.results import write_result
 from inter2former import brush_rle
 
 TASKS, CLICKS = 10, 10  # a task has as many objects as users visit it
+PAUSE_S = 0.4
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "tests" / "fixtures" / "label_studio" / "images"
 CONFIG = (ROOT / "docs" / "label_studio.md").read_text("utf-8").split("```xml\n")[1].split("```")[0]
@@ -125,13 +127,15 @@ def hundred_masks(size: tuple[int, int]) -> list[Any]:
 class Annotators:
     """Users with a task each at a time; what they got and how long it took."""
 
-    def __init__(self, address: str, sizes: list[tuple[int, int]], users: int, drafts: list[list[Any]]) -> None:
+    def __init__(
+        self, address: str, sizes: list[tuple[int, int]], users: int, drafts: list[list[Any]], pause_s: float = 0.0
+    ) -> None:
         self.masks: dict[tuple[int, int, int], bytes] = {}
         self.first_s: list[float] = []
         self.later_s: list[float] = []
         self.errors: list[str] = []
         self._address, self._sizes, self._users, self._drafts = address, sizes, users, drafts
-        self._lock = threading.Lock()
+        self._lock, self._pause_s = threading.Lock(), pause_s
 
     def objects(self, user: int) -> list[int]:
         """The tasks of a user, in order: each task is visited by two users, if there are two."""
@@ -147,6 +151,7 @@ class Annotators:
                     answer = http.post("/predict", json=body)
                     spent = time.perf_counter() - began
                     self._note(task, user, clicks, answer, spent)
+                    time.sleep(self._pause_s)
 
     def _note(self, task: int, user: int, clicks: int, answer: httpx.Response, spent: float) -> None:
         width, height = self._sizes[task]
@@ -207,6 +212,9 @@ def measure(users: int = 4, **settings: str) -> dict[str, Any]:
             watch.join()
             encoded = encodes(address) - before
         with server(folder, **settings) as address:
+            people = Annotators(address, sizes, users, empty, PAUSE_S)
+            people.together()
+        with server(folder, **settings) as address:
             alone = Annotators(address, sizes, users, empty)
             alone.in_turn()
             # Warm by now: the drafts are all that differs, and both are asked by turns.
@@ -222,21 +230,25 @@ def measure(users: int = 4, **settings: str) -> dict[str, Any]:
                         httpx.post(f"{address}/predict", content=content, timeout=120, trust_env=False)
                         times.append(time.perf_counter() - began)
                     pairs.append(times[1] - times[0])
-    wrong = sum(crowd.masks[key] != alone.masks.get(key) for key in crowd.masks)
-    later, single = sorted(crowd.later_s), statistics.median(alone.later_s)
-    p95 = later[int(0.95 * len(later))]
+    wrong = sum(some.masks[key] != alone.masks.get(key) for some in (crowd, people) for key in some.masks)
+    single = statistics.median(alone.later_s)
+    p95, paused_p95 = (sorted(some.later_s)[int(0.95 * len(some.later_s))] for some in (crowd, people))
+    errors = crowd.errors + people.errors + alone.errors
     return {
         "clicks": len(crowd.first_s) + len(crowd.later_s),
         "users": users,
         "images": len(sizes),
         "encodes": encoded,
-        "errors": len(crowd.errors) + len(alone.errors),
-        "first_error": (crowd.errors + alone.errors + [""])[0],
+        "errors": len(errors),
+        "first_error": (*errors, "")[0],
         "wrong": wrong,
         "alone_median_ms": 1000 * single,
-        "together_median_ms": 1000 * statistics.median(later),
+        "together_median_ms": 1000 * statistics.median(crowd.later_s),
         "together_p95_ms": 1000 * p95,
         "p95_over_alone_median": p95 / single,
+        "paused_median_ms": 1000 * statistics.median(people.later_s),
+        "paused_p95_ms": 1000 * paused_p95,
+        "paused_p95_over_alone_median": paused_p95 / single,
         "first_click_median_ms": 1000 * statistics.median(crowd.first_s),
         "hundred_masks_add_ms": 1000 * statistics.median(pairs),
         "health_and_setup_p95_ms": sorted(spent)[int(0.95 * len(spent))],
