@@ -216,7 +216,7 @@ def _image_text(image: object) -> bytes:
         text = image if isinstance(image, bytes) else image.encode("ascii")
     except UnicodeEncodeError:
         raise ImageError("image is not base64 text: it holds characters outside of ASCII.") from None
-    return text.partition(b",")[2] if text.startswith(b"data:") else text
+    return text.partition(b",")[2] if text[:5].lower() == b"data:" else text
 
 
 def _points(fields: Mapping[str, Any], name: str) -> tuple[tuple[float, float], ...]:
@@ -256,7 +256,9 @@ def _corners(value: object) -> tuple[tuple[float, float, float, float] | None, i
         raise PromptError(f"obj_bbox is {_kind(value)}; [[x1, y1], [x2, y2]] is expected.")
     if not value:
         return None, 0
-    if all(isinstance(corner, list | tuple) for corner in value):
+    if all(isinstance(box, list | tuple) and len(box) == 4 for box in value):  # boxes, each flat
+        numbers = [_number(value, f"obj_bbox[{i}][{j}]") for i, box in enumerate(value) for j, value in enumerate(box)]
+    elif all(isinstance(corner, list | tuple) for corner in value):
         numbers = [number for index, corner in enumerate(value) for number in _pair(corner, f"obj_bbox[{index}]")]
     else:  # flat, x1, y1, x2, y2
         numbers = [_number(number, f"obj_bbox[{index}]") for index, number in enumerate(value)]
