@@ -60,6 +60,7 @@ inline V operator-(V a, V b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline V operator*(V a, V b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline V operator/(V a, V b) { return {_mm256_div_ps(a.v, b.v)}; }
 
+constexpr bool kPairs = false;
 constexpr int kTile = 6;  // 12 sums, two weights and a broadcast in 16 registers
 
 #include "vector.inc"
@@ -70,6 +71,6 @@ constexpr int kTile = 6;  // 12 sums, two weights and a broadcast in 16 register
 
 const Kernels kAvx2 = {
     "avx2", "8 floats a step, x86 with AVX2 and FMA", L, kTile, ffn, gates, min_max, find, transition,
-    P, linear, norm, pack_pixels, taps, up_row, attend, bsq};
+    P, kPairs, linear, norm, pack_pixels, taps, up_row, attend, bsq};
 
 }  // namespace i2f

@@ -24,7 +24,7 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int kInterface = 3;  // runtime/native.py asks for exactly this
+constexpr int kInterface = 4;  // runtime/native.py asks for exactly this
 constexpr std::int64_t kMaxSide = 1 << 20;
 constexpr int kMaxThreads = 1024;
 
@@ -103,11 +103,18 @@ void require_apart(const py::array& output, const py::array& input, const std::s
     if (a.begin < b.end && b.begin < a.end) throw py::value_error("out must not overlap " + name + ".");
 }
 
-const i2f::Kernels& kernels_named(const std::string& isa) {
-    const i2f::Kernels* const kernels = i2f::find_kernels(isa);
+i2f::Precision precision_named(const std::string& name) {
+    if (name == "float32") return i2f::Precision::float32;
+    if (name == "bfloat16") return i2f::Precision::bfloat16;
+    throw py::value_error("Unknown precision '" + name + "'; there are float32 and bfloat16.");
+}
+
+const i2f::Kernels& kernels_named(const std::string& isa, const std::string& precision = "float32") {
+    const i2f::Precision kind = precision_named(precision);
+    const i2f::Kernels* const kernels = i2f::find_kernels(isa, kind);
     if (kernels != nullptr) return *kernels;
     std::string usable = "auto";
-    for (const i2f::Path& path : i2f::paths()) {
+    for (const i2f::Path& path : i2f::paths(kind)) {
         if (path.name == isa) throw py::value_error("Instruction set '" + isa + "' cannot run: " + path.reason + ".");
         if (path.reason.empty()) usable += ", " + path.name;
     }
@@ -116,7 +123,8 @@ const i2f::Kernels& kernels_named(const std::string& isa) {
 
 class HybridExperts {
 public:
-    HybridExperts(const py::dict& weights, const std::string& isa) : hmoe_(pack(weights, kernels_named(isa))) {}
+    HybridExperts(const py::dict& weights, const std::string& isa, const std::string& precision)
+        : hmoe_(pack(weights, kernels_named(isa, precision))) {}
 
     py::array_t<float> forward(const py::object& x_object, const py::object& edge_object,
                                const std::optional<py::object>& out_object) const {
@@ -232,8 +240,8 @@ i2f::Hmoe HybridExperts::pack(const py::dict& weights, const i2f::Kernels& kerne
 
 class Decoder {
 public:
-    Decoder(const py::dict& weights, const py::dict& sizes, const std::string& isa)
-        : decoder_(make(weights, sizes, kernels_named(isa))) {}
+    Decoder(const py::dict& weights, const py::dict& sizes, const std::string& isa, const std::string& precision)
+        : decoder_(make(weights, sizes, kernels_named(isa, precision))) {}
 
     // -> logits inside the box, box in tokens, low logits
     py::tuple decode(const py::object& tokens_object, const py::list& edges, const py::list& units, const py::list& middles,
@@ -359,6 +367,11 @@ private:
         for (int j = 0; j < 3; ++j) s.prompt[j] = number(("prompt_" + std::to_string(j)).c_str(), 1, kMaxSide);
         s.up[0] = s.width;
         for (int j = 1; j < 4; ++j) s.up[j] = number(("up_" + std::to_string(j)).c_str(), 1, kMaxSide);
+        for (const std::int64_t width : {s.width, 9 * s.prompt[0], 9 * s.prompt[1], 9 * s.prompt[2]}) {
+            if (kernels.pairs && width > i2f::kMaxPairTerms) {
+                throw py::value_error("A layer of " + std::to_string(width) + " terms is too wide for bfloat16.");
+            }
+        }
         s.per_pixel_norm = number("per_pixel_norm", 0, 1) == 1;
         s.constant_is_edge = number("constant_is_edge", 0, 1) == 1;
         s.low_threshold = sizes["low_threshold"].cast<float>();
@@ -434,9 +447,9 @@ py::array_t<std::uint8_t> apply_prediction(const py::object& state_object, const
     return out;
 }
 
-std::vector<std::tuple<std::string, std::string, std::string>> instruction_sets() {
+std::vector<std::tuple<std::string, std::string, std::string>> instruction_sets(const std::string& precision) {
     std::vector<std::tuple<std::string, std::string, std::string>> rows;
-    for (const i2f::Path& path : i2f::paths()) {
+    for (const i2f::Path& path : i2f::paths(precision_named(precision))) {
         rows.emplace_back(path.name, path.kernels != nullptr ? path.kernels->sentence : "", path.reason);
     }
     return rows;
@@ -454,21 +467,22 @@ void set_threads(int count) {
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     m.doc() = "Compiled kernels of Inter2Former; used through inter2former.runtime.native.";
     m.attr("INTERFACE") = kInterface;
-    m.def("instruction_sets", &instruction_sets);
+    m.def("instruction_sets", &instruction_sets, py::arg("precision") = "float32");
     m.def("threads", &i2f::threads);
     m.def("set_threads", &set_threads, py::arg("count"));
     m.def("edge_tokens", &edge_tokens, py::arg("reference"), py::arg("box"), py::arg("constant_is_edge") = false,
           py::arg("patch") = 16, py::arg("isa") = "auto");
     m.def("apply_prediction", &apply_prediction, py::arg("state"), py::arg("prediction"), py::arg("isa") = "auto");
     py::class_<HybridExperts>(m, "HybridExperts")
-        .def(py::init<const py::dict&, const std::string&>(), py::arg("weights"), py::arg("isa") = "auto")
+        .def(py::init<const py::dict&, const std::string&, const std::string&>(), py::arg("weights"),
+             py::arg("isa") = "auto", py::arg("precision") = "float32")
         .def("forward", &HybridExperts::forward, py::arg("x"), py::arg("edge"), py::arg("out") = py::none())
         .def("route", &HybridExperts::route, py::arg("x"))
         .def_property_readonly("isa", &HybridExperts::isa)
         .def_property_readonly("nbytes", &HybridExperts::nbytes);
     py::class_<Decoder>(m, "Decoder")
-        .def(py::init<const py::dict&, const py::dict&, const std::string&>(), py::arg("weights"), py::arg("sizes"),
-             py::arg("isa") = "auto")
+        .def(py::init<const py::dict&, const py::dict&, const std::string&, const std::string&>(), py::arg("weights"),
+             py::arg("sizes"), py::arg("isa") = "auto", py::arg("precision") = "float32")
         .def("decode", &Decoder::decode, py::arg("tokens"), py::arg("edges"), py::arg("units"), py::arg("middles"), py::arg("cosines"),
              py::arg("sines"), py::arg("state"), py::arg("box") = py::none())
         .def_property_readonly("isa", &Decoder::isa)

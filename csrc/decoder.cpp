@@ -58,11 +58,13 @@ struct Decoder::Pass {
     bool pending;                  // whether `added` still has to be added
     float* normed;                 // [n, d]
     float* queries;                // [n, a] scaled; turned where edge
-    float* keys;                   // [ceil(n / P)][a][P]
+    float* keys;                   // [ceil(n / P)][a][P], pairs where the path has them
     float* values;                 // [ceil(a / P)][n][P]
+    float* paired_values;          // [ceil(a / P)][ceil(n / 2)][P], where the path has pairs
     std::int32_t* codes;           // [n]
     float* counts;                 // [2^bits]
     float* sums;                   // [ceil(a / P)][2^bits][P]
+    float* paired_sums;            // [ceil(a / P)][2^bits / 2][P], where the path has pairs
     std::int32_t* order;           // [n] edge tokens, then the others
     float* scratch;                // a worker's own
     std::int64_t scratch_floats;
@@ -75,6 +77,9 @@ struct Decoder::Pass {
         queries = pieces.take<float>(n * a);
         keys = pieces.take<float>(round_to(n, P) * a);
         values = pieces.take<float>(round_to(a, P) * n);
+        const bool pairs = decoder.kernels_.pairs;
+        paired_values = pieces.take<float>(pairs ? round_to(a, P) * words_of(n, true) : 0);
+        paired_sums = pieces.take<float>(pairs ? round_to(a, P) * n_codes / 2 : 0);
         codes = pieces.take<std::int32_t>(n);
         counts = pieces.take<float>(n_codes);
         sums = pieces.take<float>(round_to(a, P) * n_codes);
@@ -123,12 +128,12 @@ Decoder::Decoder(const GetWeight& get, const DecoderSizes& sizes, std::vector<Hm
         const float* qkv_bias = of("attention.qkv.bias", {3 * a});
         const auto row = [&](std::int64_t j) { return j < 2 * a ? j / a * a + channel(j % a) : j; };
         block.qkv = store_.linear(
-            d, 3 * a, P, [&](std::int64_t j, std::int64_t k) { return (j < a ? scale : 1.0F) * qkv[row(j) * d + k]; },
+            d, 3 * a, kernels, [&](std::int64_t j, std::int64_t k) { return (j < a ? scale : 1.0F) * qkv[row(j) * d + k]; },
             [&](std::int64_t j) { return (j < a ? scale : 1.0F) * qkv_bias[row(j)]; });
         const float* proj = of("attention.proj.weight", {d, a});
         const float* proj_bias = of("attention.proj.bias", {d});
         block.proj = store_.linear(
-            a, d, P, [&](std::int64_t j, std::int64_t k) { return proj[j * a + k]; },
+            a, d, kernels, [&](std::int64_t j, std::int64_t k) { return proj[j * a + k]; },
             [&](std::int64_t j) { return proj_bias[j]; });
         const float* code = of("attention.code_proj.weight", {bits, a});
         const float* code_bias = of("attention.code_proj.bias", {bits});
@@ -208,6 +213,7 @@ void Decoder::attention(const Block& block, Pass& pass) const {
     const std::int64_t half = a / 2;
     const std::int64_t bits = sizes_.bits;
     const std::int64_t n_codes = std::int64_t{1} << bits;
+    const bool pairs = kernels_.pairs;
     const EncodedImage& image = *pass.image;
 
     for_items(blocks_of(n, kMaxRows), pass.workers, [&](std::int64_t item, int worker) {
@@ -234,10 +240,10 @@ void Decoder::attention(const Block& block, Pass& pass) const {
             const float* cosine = image.cosines + t * half;
             const float* sine = image.sines + t * half;
             float* query = pass.queries + t * a;
-            float* key = pass.keys + t / P * P * a + t % P;
+            float* key = pass.keys + t / P * P * words_of(a, pairs) + t % P;
             for (std::int64_t j = 0; j < half; ++j) {
-                key[j * P] = k[j] * cosine[j] + k[half + j] * sine[j];
-                key[(half + j) * P] = k[half + j] * cosine[j] - k[j] * sine[j];
+                put(key, P, j, k[j] * cosine[j] + k[half + j] * sine[j], pairs);
+                put(key, P, half + j, k[half + j] * cosine[j] - k[j] * sine[j], pairs);
             }
             if (pass.edge[t] != 0) {
                 for (std::int64_t j = 0; j < half; ++j) {
@@ -252,6 +258,10 @@ void Decoder::attention(const Block& block, Pass& pass) const {
                 const std::int64_t some = std::min(P, a - c);
                 std::copy_n(v + c, some, to);
                 std::fill_n(to + some, P - some, 0.0F);
+                if (!pairs) continue;
+                // Two tokens share a word, always of one block: kMaxRows is even.
+                float* paired = pass.paired_values + c * words_of(n, true) + t / 2 * P;
+                for (std::int64_t j = 0; j < some; ++j) put_half(paired + j, P, t % 2, v[c + j]);
             }
         }
     });
@@ -268,9 +278,19 @@ void Decoder::attention(const Block& block, Pass& pass) const {
         }
     }
 
+    if (pairs) {
+        for (std::int64_t j = 0; j < a; j += P) {
+            for (std::int64_t c = 0; c < n_codes; ++c) {
+                const float* from = pass.sums + j * n_codes + c * P;
+                float* to = pass.paired_sums + j * n_codes / 2 + c / 2 * P;
+                for (std::int64_t l = 0; l < P; ++l) put_half(to + l, P, c % 2, from[l]);
+            }
+        }
+    }
+
     const std::int64_t n_edge = std::count_if(pass.edge, pass.edge + n, [](std::uint8_t e) { return e != 0; });
-    const KeyValues keys{a, n, pass.keys, pass.values};
-    const CodeValues codes{a, bits, block.book, pass.counts, pass.sums};
+    const KeyValues keys{a, n, pass.keys, pairs ? pass.paired_values : pass.values};
+    const CodeValues codes{a, bits, block.book, pass.counts, pairs ? pass.paired_sums : pass.sums};
     const std::int64_t edge_items = blocks_of(n_edge, kQueryRows);
     for_items(edge_items + blocks_of(n - n_edge, kQueryRows), pass.workers, [&](std::int64_t item, int worker) {
         const bool full = item < edge_items;
@@ -317,7 +337,9 @@ TokenBox Decoder::locate(const EncodedImage& image, const std::uint8_t* state, s
         if (counting) pass_arena.get(pieces.used());
     }
     pass.edge = edge;
-    std::fill_n(pass.keys + pass.n / P * P * pass.a, (round_to(pass.n, P) - pass.n / P * P) * pass.a, 0.0F);
+    const std::int64_t key_words = words_of(pass.a, kernels_.pairs);
+    std::fill_n(pass.keys + pass.n / P * P * key_words, (round_to(pass.n, P) - pass.n / P * P) * key_words, 0.0F);
+    if (kernels_.pairs) std::fill_n(pass.paired_values, round_to(pass.a, P) * words_of(pass.n, true), 0.0F);
 
     edge_tokens(kernels_, state, row_stride, height, width, box, sizes_.constant_is_edge, kToken, edge);
     prompt_.add(state, row_stride, height, width, box, image.tokens, pass.x);

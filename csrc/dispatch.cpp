@@ -3,34 +3,42 @@
 namespace i2f {
 namespace {
 
-std::vector<Path> probe() {
-    std::vector<Path> found;
+struct Found {
+    std::vector<Path> single, pairs;
+};
+
+Found probe() {
+    Found found;
 #ifdef I2F_X86
     // The built-ins also ask the operating system whether it saves the wide registers.
     __builtin_cpu_init();
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    found.push_back({&kAvx512, "avx512", avx512 && avx2 ? "" : "this CPU or system lacks AVX-512 F, BW, DQ, VL"});
-    found.push_back({&kAvx2, "avx2", avx2 ? "" : "this CPU or system lacks AVX2 or FMA"});
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    found.single.push_back({&kAvx512, "avx512", avx512 ? "" : "this CPU or system lacks AVX-512 F, BW, DQ, VL"});
+    found.single.push_back({&kAvx2, "avx2", avx2 ? "" : "this CPU or system lacks AVX2 or FMA"});
+    found.pairs.push_back({&kAvx512Bf16, "avx512", bf16 ? "" : "this CPU or system lacks AVX-512 BF16"});
 #else
-    found.push_back({nullptr, "avx512", "built for another processor family"});
-    found.push_back({nullptr, "avx2", "built for another processor family"});
+    found.single.push_back({nullptr, "avx512", "built for another processor family"});
+    found.single.push_back({nullptr, "avx2", "built for another processor family"});
+    found.pairs.push_back({nullptr, "avx512", "built for another processor family"});
 #endif
-    found.push_back({&kPortable, "portable", ""});
-    found.push_back({&kScalar, "scalar", ""});
+    found.single.push_back({&kPortable, "portable", ""});
+    found.single.push_back({&kScalar, "scalar", ""});
+    found.pairs.push_back({&kPortableBf16, "portable", ""});
     return found;
 }
 
 }  // namespace
 
-const std::vector<Path>& paths() {
-    static const std::vector<Path> found = probe();
-    return found;
+const std::vector<Path>& paths(Precision precision) {
+    static const Found found = probe();
+    return precision == Precision::float32 ? found.single : found.pairs;
 }
 
-const Kernels* find_kernels(const std::string& name) {
-    for (const Path& path : paths()) {
+const Kernels* find_kernels(const std::string& name, Precision precision) {
+    for (const Path& path : paths(precision)) {
         if (path.reason.empty() && (name == "auto" || name == path.name)) return path.kernels;
     }
     return nullptr;

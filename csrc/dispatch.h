@@ -14,10 +14,12 @@ struct Path {
     std::string reason;  // empty: usable; else why not
 };
 
-// All paths by preference, best first; portable and scalar are always usable.
-const std::vector<Path>& paths();
+enum class Precision { float32, bfloat16 };  // of the operands of products
+
+// All paths by preference, best first; portable (and in float32 scalar) is always usable.
+const std::vector<Path>& paths(Precision precision);
 
 // The path of that name, or the best usable one for "auto". Null when it is unknown or not usable here.
-const Kernels* find_kernels(const std::string& name);
+const Kernels* find_kernels(const std::string& name, Precision precision);
 
 }  // namespace i2f

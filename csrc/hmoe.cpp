@@ -26,10 +26,11 @@ private:
     std::size_t used_ = 0;
 };
 
-// Row `from` [terms] of a weight becomes column `column` of panels [terms][width].
-void pack_column(const float* from, std::int64_t terms, std::int64_t width, std::int64_t column, float* panels) {
-    float* to = panels + column / width * width * terms + column % width;
-    for (std::int64_t k = 0; k < terms; ++k) to[k * width] = from[k];
+// Row `from` [terms] of a weight becomes column `column` of panels [words][width].
+void pack_column(const float* from, std::int64_t terms, std::int64_t width, std::int64_t column, bool pairs,
+                 float* panels) {
+    float* to = panels + column / width * width * words_of(terms, pairs) + column % width;
+    for (std::int64_t k = 0; k < terms; ++k) put(to, width, k, from[k], pairs);
 }
 
 const float* pack_vector(Packer& packer, const float* from, std::int64_t count, std::int64_t step) {
@@ -38,13 +39,15 @@ const float* pack_vector(Packer& packer, const float* from, std::int64_t count, 
     return to;
 }
 
-FfnWeights pack_ffn(Packer& packer, const FfnSource& from, std::int64_t d, std::int64_t hidden, std::int64_t lanes) {
+FfnWeights pack_ffn(Packer& packer, const FfnSource& from, std::int64_t d, std::int64_t hidden, std::int64_t lanes,
+                    bool pairs) {
     FfnWeights to{};
     to.width = d;
     to.hidden = hidden;
-    float* w12 = packer.take(blocks_of(hidden, lanes) * d * 2 * lanes);
+    to.pairs = pairs;
+    float* w12 = packer.take(blocks_of(hidden, lanes) * words_of(d, pairs) * 2 * lanes);
     float* b12 = packer.take(blocks_of(hidden, lanes) * 2 * lanes);
-    float* w3 = packer.take(blocks_of(d, 2 * lanes) * hidden * 2 * lanes);
+    float* w3 = packer.take(blocks_of(d, 2 * lanes) * words_of(hidden, pairs) * 2 * lanes);
     to.w12 = w12;
     to.b12 = b12;
     to.w3 = w3;
@@ -52,12 +55,12 @@ FfnWeights pack_ffn(Packer& packer, const FfnSource& from, std::int64_t d, std::
     if (w12 == nullptr) return to;
     for (std::int64_t j = 0; j < hidden; ++j) {
         const std::int64_t column = j / lanes * 2 * lanes + j % lanes;  // of w1; w2 stands `lanes` further
-        pack_column(from.w1 + j * d, d, 2 * lanes, column, w12);
-        pack_column(from.w2 + j * d, d, 2 * lanes, column + lanes, w12);
+        pack_column(from.w1 + j * d, d, 2 * lanes, column, pairs, w12);
+        pack_column(from.w2 + j * d, d, 2 * lanes, column + lanes, pairs, w12);
         b12[column] = from.b1[j];
         b12[column + lanes] = from.b2[j];
     }
-    for (std::int64_t j = 0; j < d; ++j) pack_column(from.w3 + j * hidden, hidden, 2 * lanes, j, w3);
+    for (std::int64_t j = 0; j < d; ++j) pack_column(from.w3 + j * hidden, hidden, 2 * lanes, j, pairs, w3);
     return to;
 }
 
@@ -80,7 +83,7 @@ Hmoe::Hmoe(const HmoeSource& source, const Kernels& kernels)
         const float* shared_norm_bias = pack_vector(packer, source.shared_norm_bias, hidden, lanes);
         const float* norm_weight = pack_vector(packer, source.norm_weight, hidden, lanes);
         const float* norm_bias = pack_vector(packer, source.norm_bias, hidden, lanes);
-        shared_ = pack_ffn(packer, source.shared, d, hidden, lanes);
+        shared_ = pack_ffn(packer, source.shared, d, hidden, lanes, kernels.pairs);
         shared_.norm_weight = shared_norm_weight;
         shared_.norm_bias = shared_norm_bias;
         for (std::int64_t e = 0; e < experts; ++e) {
@@ -88,7 +91,7 @@ Hmoe::Hmoe(const HmoeSource& source, const Kernels& kernels)
             const FfnSource one{all.w1 + e * hidden * d, all.b1 + e * hidden,     all.w2 + e * hidden * d,
                                 all.b2 + e * hidden,     all.w3 + e * d * hidden, all.b3 + e * d};
             FfnWeights& packed = routed_[static_cast<std::size_t>(e)];
-            packed = pack_ffn(packer, one, d, hidden, lanes);
+            packed = pack_ffn(packer, one, d, hidden, lanes, kernels.pairs);
             packed.norm_weight = norm_weight;
             packed.norm_bias = norm_bias;
         }
@@ -103,10 +106,10 @@ Hmoe::Hmoe(const HmoeSource& source, const Kernels& kernels)
             continue;
         }
         for (std::int64_t e = 0; e < experts; ++e) {
-            pack_column(source.expert_gate_weight + e * d, d, 2 * lanes, e, gate_w);
+            pack_column(source.expert_gate_weight + e * d, d, 2 * lanes, e, false, gate_w);
             gate_b[e] = source.expert_gate_bias[e];
         }
-        pack_column(source.shared_gate_weight, d, 2 * lanes, experts, gate_w);
+        pack_column(source.shared_gate_weight, d, 2 * lanes, experts, false, gate_w);
         gate_b[experts] = source.shared_gate_bias[0];
     }
 }
@@ -114,7 +117,7 @@ Hmoe::Hmoe(const HmoeSource& source, const Kernels& kernels)
 std::size_t Hmoe::scratch_floats() const {
     const std::int64_t step = 2 * kernels_.lanes;
     const std::int64_t widest = std::max(blocks_of(hidden_, step), blocks_of(gates_.experts + 1, step)) * step;
-    return round_up(static_cast<std::size_t>(kMaxRows * (widest + width_)), kAlignment / sizeof(float));
+    return round_up(static_cast<std::size_t>(kMaxRows * (widest + round_to(width_, step))), kAlignment / sizeof(float));
 }
 
 namespace {

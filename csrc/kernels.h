@@ -11,9 +11,13 @@ namespace i2f {
 // One feed-forward network g(x) = w3 norm(silu(w1 x + b1) * (w2 x + b2)) + b3, packed for a path of L lanes.
 // Rows of w1 and w2 (or of w3) become panels of 2L columns, so that one panel feeds one register tile; short
 // panels are filled with zeros. All pointers are 64-byte aligned.
+//
+// `pairs`: weights are bfloat16, two terms a 32-bit word (the even one in the lower half), so that [d] above becomes
+// [ceil(d / 2)]; the rows that they are multiplied with are rounded to bfloat16 too, sums are float32.
 struct FfnWeights {
     std::int64_t width;        // d, of x and of the result
     std::int64_t hidden;       // H
+    bool pairs;
     const float* w12;          // [ceil(H / L)][d][L of w1, L of w2]
     const float* b12;          // [ceil(H / L)][L of b1, L of b2]
     const float* norm_weight;  // [H rounded up to L]
@@ -49,6 +53,7 @@ constexpr float kNormEps = 1e-5F;
 struct LinearWeights {
     std::int64_t terms;
     std::int64_t outputs;
+    bool pairs;      // as in FfnWeights
     const float* w;  // [ceil(outputs / P)][terms][P]
     const float* b;  // [outputs rounded up to P]
 };
@@ -76,7 +81,7 @@ struct UpRow {
     float* out;          // [2 width]
 };
 
-// Keys and values of all tokens, packed.
+// Keys and values of all tokens, packed; on paths with `pairs` as pairs over a and over N.
 struct KeyValues {
     std::int64_t width;  // a
     std::int64_t keys;   // N
@@ -90,11 +95,13 @@ struct CodeValues {
     std::int64_t bits;      // 2^bits codes
     LinearWeights book;     // codebook: `bits` columns for bit 1, `bits` for bit 0
     const float* counts;    // [2^bits] keys with that code
-    const float* values;    // [ceil(a / P)][2^bits][P] sum of their values
+    const float* values;    // [ceil(a / P)][2^bits][P] sum of their values; pairs as in KeyValues
 };
 
 constexpr std::int64_t kKeyChunk = 512;   // keys whose scores are held at a time
 constexpr std::int64_t kQueryRows = 24;   // queries a call of `attend` or `bsq`
+constexpr std::int64_t kPairFloats = 1 << 14;            // of rows that `linear` holds as pairs: 64 KB of stack
+constexpr std::int64_t kMaxPairTerms = 2 * kPairFloats;  // of a layer in pairs
 constexpr std::int64_t kUpPad = 64;       // floats that up_row may read or write behind a row
 
 // One instruction set. `ffn` and `gates` use `scratch`, 64-byte aligned, of scratch_floats() floats (hmoe.h).
@@ -122,6 +129,7 @@ struct Kernels {
                                std::uint8_t* out);
 
     std::int64_t panel;  // P of the functions below
+    bool pairs;          // multiplies in bfloat16: weights may be pairs, pixels, keys and values are
 
     // out[i] = finish(w x[i] + b)
     void (*linear)(const LinearWeights& weights, const float* x, std::ptrdiff_t x_stride, std::int64_t count,
@@ -131,10 +139,11 @@ struct Kernels {
     void (*norm)(float* v, std::ptrdiff_t stride, std::int64_t count, std::int64_t width, const float* weight,
                  const float* bias);
 
-    // out [terms, P] = normalised pixels first .. first + count - 1 (count <= P) of every channel, zeros behind.
+    // out [terms, P] = normalised pixels first .. first + count - 1 (count <= P) of every channel, zeros behind;
+    // [ceil(terms / 2), P] pairs where the path has them.
     void (*pack_pixels)(const PanelSource& source, std::int64_t first, std::int64_t count, float* out);
 
-    // out[i, p P + j] = rows[i] . panel p, column j
+    // out[i, p P + j] = rows[i] . panel p, column j; rows and panels of pairs where the path has them
     void (*taps)(const float* rows, std::int64_t count, std::int64_t terms, const float* panels, std::int64_t n_panels,
                  float* out, std::ptrdiff_t out_stride);
 
@@ -150,9 +159,11 @@ struct Kernels {
                 std::ptrdiff_t out_stride, float* scratch);
 };
 
+// 32-bit words of a row or column of `terms`.
+constexpr std::int64_t words_of(std::int64_t terms, bool pairs) { return pairs ? (terms + 1) / 2 : terms; }
 constexpr std::int64_t round_to(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
 constexpr std::int64_t attend_floats(std::int64_t width, std::int64_t panel) {
-    return kQueryRows * (kKeyChunk + round_to(width, panel) * 2 + 2);
+    return kQueryRows * (kKeyChunk + round_to(width, panel) * 3 + 2);
 }
 constexpr std::int64_t bsq_floats(std::int64_t width, std::int64_t bits, std::int64_t panel) {
     return kQueryRows * (round_to(std::int64_t{1} << bits, 64) + round_to(2 * bits, panel) + round_to(width, panel)) + 128;
@@ -160,9 +171,11 @@ constexpr std::int64_t bsq_floats(std::int64_t width, std::int64_t bits, std::in
 
 extern const Kernels kScalar;
 extern const Kernels kPortable;
+extern const Kernels kPortableBf16;
 #ifdef I2F_X86
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Bf16;
 #endif
 
 }  // namespace i2f

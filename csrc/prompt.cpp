@@ -66,7 +66,7 @@ Prompt::Prompt(const GetWeight& get, const std::int64_t (&widths)[5], const Kern
         const float* w = get(name + ".weight", {widths[level], in, 3, 3});
         const float* b = get(name + ".bias", {widths[level]});
         layers_[level] = store_.linear(
-            9 * in, widths[level], kernels.panel,
+            9 * in, widths[level], kernels,
             [&](std::int64_t j, std::int64_t k) { return w[(j * in + k % in) * 9 + k / in]; },
             [&](std::int64_t j) { return b[j]; });
     }

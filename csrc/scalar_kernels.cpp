@@ -105,6 +105,7 @@ inline V operator-(V a, V b) { return {a.v - b.v}; }
 inline V operator*(V a, V b) { return {a.v * b.v}; }
 inline V operator/(V a, V b) { return {a.v / b.v}; }
 
+constexpr bool kPairs = false;
 constexpr int kTile = 1;
 
 #include "vector.inc"
@@ -114,7 +115,7 @@ constexpr int kTile = 1;
 }  // namespace
 
 const Kernels kScalar = {"scalar", "one number at a time, the specification", L, 1, ffn, gates, min_max, find,
-                         transition, one_lane::P, one_lane::linear, one_lane::norm, one_lane::pack_pixels,
+                         transition, one_lane::P, one_lane::kPairs, one_lane::linear, one_lane::norm, one_lane::pack_pixels,
                          one_lane::taps, one_lane::up_row, one_lane::attend, one_lane::bsq};
 
 }  // namespace i2f

@@ -113,10 +113,12 @@ Upsampling::Upsampling(const GetWeight& get, const std::int64_t (&widths)[5], bo
         const std::int64_t in = widths[j];
         const std::int64_t out = widths[j + 1];
         const float* weight = get(name + ".conv.weight", {out, in, 3, 3});
-        float* taps = store_.take(out * 9 * in);
+        const std::int64_t words = words_of(in, kernels.pairs);
+        float* taps = store_.take(out * 9 * words);
         for (std::int64_t c = 0; c < out; ++c) {
             for (std::int64_t tap = 0; tap < 9; ++tap) {
-                for (std::int64_t k = 0; k < in; ++k) taps[(c * 9 + tap) * in + k] = weight[(c * in + k) * 9 + tap];
+                float* to = taps + (c * 9 + tap) * words;
+                for (std::int64_t k = 0; k < in; ++k) put(to, 1, k, weight[(c * in + k) * 9 + tap], kernels.pairs);
             }
         }
         stages_[j] = {taps, store_.copy(get(name + ".conv.bias", {out}), out, 1),
@@ -146,11 +148,12 @@ void Upsampling::stage(int index, const float* z, std::int64_t height, std::int6
     const std::int64_t outputs = widths_[index + 1];
     const std::int64_t pixels = height * width;
     const std::int64_t P = kernels_.panel;
+    const std::int64_t words = words_of(in, kernels_.pairs);
 
     // Normalised and packed once, for the products of all output channels.
     const std::int64_t n_panels = blocks_of(pixels, P);
     float* panels = memory;
-    float* scale = panels + n_panels * in * P;
+    float* scale = panels + n_panels * words * P;
     float* shift = scale + round_to(in, 16);
     float* row_sums = shift + round_to(in, 16);  // [outputs][2 height][2]
     float* scratch = row_sums + round_to(4 * outputs * height, 16);
@@ -174,7 +177,7 @@ void Upsampling::stage(int index, const float* z, std::int64_t height, std::int6
     for_items(blocks_of(n_panels, kPanelsAnItem), workers, [&](std::int64_t item, int) {
         const std::int64_t last = std::min((item + 1) * kPanelsAnItem, n_panels);
         for (std::int64_t p = item * kPanelsAnItem; p < last; ++p) {
-            kernels_.pack_pixels(source, p * P, std::min(P, pixels - p * P), panels + p * in * P);
+            kernels_.pack_pixels(source, p * P, std::min(P, pixels - p * P), panels + p * words * P);
         }
     });
 
@@ -197,7 +200,7 @@ void Upsampling::stage(int index, const float* z, std::int64_t height, std::int6
         float* up_scratch = products + 9 * channels * (round_to(std::min(strip + 4, height) * width, P) + 2 * P) + kUpPad;
         float* edge = up_scratch + 3 * (width + kUpPad);
         float* line = edge + 2 * width + kUpPad;  // up_row writes whole vectors, so not straight into its place
-        kernels_.taps(weights.taps + c0 * 9 * in, 9 * n_channels, in, panels + p0 * in * P, p1 - p0, products,
+        kernels_.taps(weights.taps + c0 * 9 * words, 9 * n_channels, in, panels + p0 * words * P, p1 - p0, products,
                       static_cast<std::ptrdiff_t>(stride));
         UpRow up{};
         up.width = width;

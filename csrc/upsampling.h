@@ -49,7 +49,7 @@ public:
 
 private:
     struct Stage {
-        const float* taps;  // [out][9][in]
+        const float* taps;  // [out][9][in], pairs where the path has them
         const float* bias;  // [out]
         const float* norm_weight;
         const float* norm_bias;

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 INTERFACE: int
 
-def instruction_sets() -> list[tuple[str, str, str]]:
+def instruction_sets(precision: str = "float32") -> list[tuple[str, str, str]]:
     """(name, what it is, why it cannot run here or "") of every path, best first."""
 
 def threads() -> int: ...
@@ -24,7 +24,7 @@ def apply_prediction(
 ) -> npt.NDArray[np.uint8]: ...
 
 class HybridExperts:
-    def __init__(self, weights: dict[str, npt.NDArray[Any]], isa: str = "auto") -> None: ...
+    def __init__(self, weights: dict[str, npt.NDArray[Any]], isa: str = "auto", precision: str = "float32") -> None: ...
     def forward(
         self, x: npt.NDArray[np.float32], edge: npt.NDArray[np.bool_], out: npt.NDArray[np.float32] | None = None
     ) -> npt.NDArray[np.float32]: ...
@@ -36,7 +36,11 @@ class HybridExperts:
 
 class Decoder:
     def __init__(
-        self, weights: dict[str, npt.NDArray[Any]], sizes: dict[str, int | float], isa: str = "auto"
+        self,
+        weights: dict[str, npt.NDArray[Any]],
+        sizes: dict[str, int | float],
+        isa: str = "auto",
+        precision: str = "float32",
     ) -> None: ...
     def decode(
         self,

@@ -106,6 +106,10 @@ ModelSizeOption = Annotated[
     str, typer.Option("--model-size", metavar="N|auto", help="Side of the model's frame, a multiple of 256.")
 ]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Compute threads [all cores].")]
+PrecisionOption = Annotated[
+    Literal["float32", "bfloat16", "auto"],
+    typer.Option("--precision", help="Of a click's large products; auto: bfloat16 where the CPU has it."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -135,6 +139,7 @@ def segment(
     checkpoint: CheckpointOption = None,
     model_size: ModelSizeOption = "auto",
     threads: ThreadsOption = None,
+    precision: PrecisionOption = "float32",
     out: Annotated[Path | None, typer.Option(metavar="PNG", help="Write the mask, 0 and 255.")] = None,
     overlay: Annotated[Path | None, typer.Option(metavar="PNG", help="Write the photo with mask and clicks.")] = None,
     as_json: JsonOption = False,
@@ -147,7 +152,7 @@ def segment(
     size = parse_model_size(model_size)
     pixels = as_rgb(_read(image))
     start = masks.png_to_mask(_read(initial_mask)) if initial_mask is not None else None
-    segmenter = load_segmenter(checkpoint, model_size=size, threads=threads)
+    segmenter = load_segmenter(checkpoint, model_size=size, threads=threads, precision=precision)
     result = segmenter.segment(pixels, clicks, box=frame, initial_mask=start)
     if out is not None:
         write_atomically(out, masks.mask_to_png(result.mask))
@@ -186,11 +191,12 @@ def evaluate(
     checkpoint: CheckpointOption = None,
     model_size: ModelSizeOption = "auto",
     threads: ThreadsOption = None,
+    precision: PrecisionOption = "float32",
     as_json: JsonOption = False,
 ) -> None:
     """Measure mIoU@k and NoC with simulated clicks; IoU in percent."""
     size = parse_model_size(model_size)
-    segmenter = load_segmenter(checkpoint, model_size=size, threads=threads)
+    segmenter = load_segmenter(checkpoint, model_size=size, threads=threads, precision=precision)
     with evaluation.Pack(pack) as opened:
         refs = opened.choose(split, limit)
         with score_progress(len(refs), "evaluate") as advance:

@@ -52,6 +52,7 @@ def warm_segmenter(settings: Settings) -> Segmenter:
         cache_bytes=settings.cache_mb * 2**20,
         max_pixels=settings.max_pixels,
         threads=settings.threads,
+        precision=settings.precision,
     )
     segmenter.segment(np.zeros((64, 64, 3), np.uint8), [Click(32, 32)])
     segmenter.clear_cache()

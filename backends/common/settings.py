@@ -44,6 +44,9 @@ class Settings(BaseSettings):
         default=None, description="a readable .safetensors file; not set: the starter weights"
     )
     model_size: Literal["auto"] | int = Field(default="auto", description="auto, or a multiple of 256 from 256 to 4096")
+    precision: Literal["float32", "bfloat16", "auto"] = Field(
+        default="float32", description="float32, bfloat16 or auto"
+    )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="compute threads, 1 to 1024; not set: all cores"
     )

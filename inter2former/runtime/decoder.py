@@ -21,6 +21,7 @@ from inter2former.config import ModelConfig
 from inter2former.nn.layers import rope_tables
 from inter2former.nn.model import Decoded, Features, Inter2Former
 from inter2former.nn.upsampling import FILL, TokenBox
+from inter2former.runtime.native import Precision
 
 _BLOCK = 32  # values that share a unit; kEdgeBlock of csrc/upsampling.h
 _BYTES_A_TOKEN = 5800  # 24 MB at T = 1024
@@ -67,17 +68,18 @@ class Click(NamedTuple):
 class FusedDecoder:
     """The decoder of a model in evaluation mode, with its weights of now.
 
-    native    the compiled module
-    isa       name of an instruction set, for tests
+    native     the compiled module
+    isa        name of an instruction set, for tests
+    precision  of the operands of the large products; in bfloat16 the twin is that of runtime/rounding.py
     """
 
-    def __init__(self, model: Inter2Former, native: Any, isa: str = "auto") -> None:
+    def __init__(self, model: Inter2Former, native: Any, isa: str = "auto", precision: Precision = "float32") -> None:
         config = model.config
         self._span = config.position_span
         self._attention_dim = config.attention_dim
         self._encode = model.encode
         self._kernels = [model.get_parameter(f"upsampling.stages.{index}.conv.weight") for index in range(4)]
-        self._native = native.Decoder(_weights(model), _sizes(config), isa)
+        self._native = native.Decoder(_weights(model), _sizes(config), isa, precision)
 
     @property
     def nbytes(self) -> int:

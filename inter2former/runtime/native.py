@@ -12,6 +12,7 @@ import logging
 import threading
 from collections.abc import Callable
 from types import ModuleType
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +25,11 @@ from inter2former.nn import attention
 from inter2former.nn.experts import HybridExperts
 from inter2former.nn.prompt_embedding import PixelBox
 
-INTERFACE = 3  # of csrc/bindings.cpp; a module of another version is not used
+INTERFACE = 4  # of csrc/bindings.cpp; a module of another version is not used
 
 log = logging.getLogger(__name__)
+
+Precision = Literal["float32", "bfloat16"]  # of the operands of the large products; sums are float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +82,20 @@ def status() -> NativeStatus:
     return NativeStatus(True, chosen, {name: reason for name, _, reason in rows if reason}, module.threads(), "")
 
 
+def choose_precision(wanted: Precision | Literal["auto"]) -> Precision:
+    """The precision that runs: "auto" is bfloat16 where the CPU has instructions for it.
+
+    raises  ValueError for another name
+    """
+    if wanted not in ("float32", "bfloat16", "auto"):
+        raise ValueError(f"precision is {wanted!r}; choose float32, bfloat16 or auto.")
+    if wanted != "auto":
+        return wanted
+    module, _ = _load()
+    paths = [] if module is None else module.instruction_sets("bfloat16")
+    return "bfloat16" if any(name != "portable" and not reason for name, _, reason in paths) else "float32"
+
+
 def set_threads(count: int) -> None:
     """Threads of one native call, from the one setting; results do not depend on it. ValueError outside 1..1024."""
     module, _ = _load()
@@ -86,7 +103,9 @@ def set_threads(count: int) -> None:
         module.set_threads(count)
 
 
-def experts(module: HybridExperts, isa: str = "auto") -> Callable[[Tensor, Tensor], Tensor]:
+def experts(
+    module: HybridExperts, isa: str = "auto", precision: Precision = "float32"
+) -> Callable[[Tensor, Tensor], Tensor]:
     """The same function as the module in evaluation mode, (x [N, d], edge [N]) -> [N, d], with its weights of now.
 
     isa      name of an instruction set, for tests; ValueError where it cannot run
@@ -99,7 +118,7 @@ def experts(module: HybridExperts, isa: str = "auto") -> Callable[[Tensor, Tenso
         name: tensor.detach().to("cpu", torch.float32).contiguous().numpy()
         for name, tensor in module.state_dict().items()
     }
-    packed = native.HybridExperts(weights, isa)
+    packed = native.HybridExperts(weights, isa, precision)
 
     def forward(x: Tensor, edge: Tensor) -> Tensor:
         rows = x if x.stride(-1) == 1 else x.contiguous()

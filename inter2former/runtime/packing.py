@@ -19,6 +19,7 @@ from inter2former.nn.encoder import ConvUnit
 from inter2former.nn.model import Inter2Former
 from inter2former.runtime import native
 from inter2former.runtime.decoder import FusedDecoder
+from inter2former.runtime.rounding import with_rounded_products
 
 _LOG = logging.getLogger(__name__)
 _ROWS_HINT = 4096  # tokens at T = 1024; one packing serves every number of rows
@@ -57,9 +58,15 @@ def packed_linear_works() -> bool:
     return True
 
 
-def pack(model: Inter2Former) -> Inter2Former:
-    """Change the model in place and return it; evaluation mode, CPU, float32. It cannot be trained or saved after."""
+def pack(model: Inter2Former, precision: native.Precision = "float32") -> Inter2Former:
+    """Change the model in place and return it; evaluation mode, CPU, float32. It cannot be trained or saved after.
+
+    precision   of the operands of the decoder's large products, see rounding.py
+    """
     model.eval().requires_grad_(False)
+    compiled = native.module()
+    if compiled is None and precision == "bfloat16":
+        model = with_rounded_products(model)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, ConvUnit):
@@ -68,12 +75,11 @@ def pack(model: Inter2Former) -> Inter2Former:
         model.prompt.fix_background()
         for block in model.blocks:
             block.attention.fix_code_table()  # type: ignore[operator, union-attr]
-        compiled = native.module()
         if compiled is not None:
-            fused = FusedDecoder(model, compiled)
+            fused = FusedDecoder(model, compiled, precision=precision)
             model.encode, model.decode = fused.encode, fused.decode  # type: ignore[method-assign, assignment]
         if packed_linear_works():
-            _pack_linears(model.encoder if compiled is not None else model)
+            _pack_linears(model.encoder if compiled is not None or precision == "bfloat16" else model)
     return model
 
 
