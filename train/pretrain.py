@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,7 @@ def in_processes(n: int, threads: int, work: Callable[[], Path]) -> Path:
 
 def _process(rank: int, n: int, threads: int, meeting: str, answer: Path, work: Callable[[], Path]) -> None:
     quiet_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=n)
     try:
@@ -161,6 +164,14 @@ def _process(rank: int, n: int, threads: int, meeting: str, answer: Path, work: 
             answer.write_text(str(path))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """A run whose command was killed must not go on unseen: a second one would write to the same folder."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # at once; the state on disk is whole at any moment
 
 
 _SHOWN = ("miou@1", "miou@3", "miou@5")

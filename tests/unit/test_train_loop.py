@@ -7,6 +7,8 @@ import json
 import math
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +204,38 @@ def test_processes_of_one_run_stay_equal(folder: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert sorted(losses(tmp_path / "run")) == [1, 2, 3]
     assert load_checkpoint(tmp_path / "run" / "model.safetensors").provenance["steps"] == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="asks Linux for the children of a process")
+def test_processes_end_with_the_command_that_started_them(folder: Path, tmp_path: Path) -> None:
+    """Killed without a chance to clean up: nobody is left who trains on, or writes to the folder."""
+    options = ("--probe-objects", "0", "--processes", "2", "--max-steps", "100000", "--workers", "0")
+    command = subprocess.Popen(
+        [sys.executable, "-m", "train", *arguments(folder, tmp_path / "run", *options)],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: (tmp_path / "run" / "log.jsonl").is_file())
+        children = Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text().split()
+        assert len(children) >= 2
+    finally:
+        command.kill()
+        command.wait()
+    wait_for(lambda: not any(alive(int(child)) for child in children))
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(happened: Callable[[], bool], patience_s: float = 120.0) -> None:
+    end = time.monotonic() + patience_s
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_the_first_failure_of_several_processes_is_told(tmp_path: Path) -> None:
