@@ -295,6 +295,7 @@ class Segmenter:
 
         raises  PromptError for an impossible model_size
         """
+        info: ImageInfo | None
         if isinstance(image, KnownImage):
             info = image.info
         else:
@@ -460,6 +461,7 @@ class Segmenter:
             encoding = self._cache.get_or_make(("encoding", pixels.info.key, frame.size), make)
         return encoding, made
 
+    @torch.inference_mode()
     def _encode(self, image: torch.Tensor) -> ImageEncoding:
         encoding = self._model.encode(image)
         with self._counter:
@@ -483,6 +485,7 @@ class Segmenter:
             raise NumericError("The network's logits are not finite.", "The weights may be damaged.")
         return _Found(inside, box)
 
+    @torch.inference_mode()
     def _decode_in_torch(self, encoding: ImageEncoding, reference: UInt8) -> tuple[Float32, TokenBox, Float32]:
         decoded = self._model.decode(encoding, reference)
         left, top, right, bottom = (_TOKEN * side for side in decoded.box)
@@ -517,7 +520,7 @@ def load_segmenter(
         native.set_threads(threads)
     loaded = load_checkpoint(STARTER if path is None else path)
     return Segmenter(
-        pack(loaded.model, chosen),
+        compute.run(lambda: pack(loaded.model, chosen)),
         model_size=model_size,
         cache_bytes=cache_bytes,
         max_pixels=max_pixels,

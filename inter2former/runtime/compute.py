@@ -19,12 +19,13 @@ import torch
 Result = TypeVar("Result")
 
 _at_work = threading.Lock()  # held while PyTorch computes; also by a thread that forks
+_next = threading.Lock()  # whoever forks comes before the next piece of work
 _starting = threading.Lock()
 _thread: ThreadPoolExecutor | None = None
 
 
 def run(work: Callable[[], Result]) -> Result:
-    """What `work` returns or raises, computed in that thread without gradients. Work must not call `run` again.
+    """What `work` returns or raises, computed in that thread. Work must not call `run` again.
 
     Threads are as many as the caller's `torch.get_num_threads()` says.
     """
@@ -32,10 +33,24 @@ def run(work: Callable[[], Result]) -> Result:
 
 
 def _compute(work: Callable[[], Result], threads: int) -> Result:
-    with _at_work, torch.inference_mode():
+    with _next:
+        _at_work.acquire()
+    try:
         if torch.get_num_threads() != threads:  # changed since this thread began; servers set them once, before
             torch.set_num_threads(threads)
         return work()
+    finally:
+        _at_work.release()
+
+
+def _before_fork() -> None:
+    _next.acquire()
+    _at_work.acquire()
+
+
+def _in_parent() -> None:
+    _at_work.release()
+    _next.release()
 
 
 def _executor() -> ThreadPoolExecutor:
@@ -47,11 +62,9 @@ def _executor() -> ThreadPoolExecutor:
 
 
 def _in_child() -> None:
-    global _thread, _at_work, _starting
-    _thread, _at_work, _starting = None, threading.Lock(), threading.Lock()
+    global _thread, _at_work, _next, _starting
+    _thread, _at_work, _next, _starting = None, threading.Lock(), threading.Lock(), threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=lambda: _at_work.acquire(), after_in_parent=lambda: _at_work.release(), after_in_child=_in_child
-    )
+    os.register_at_fork(before=_before_fork, after_in_parent=_in_parent, after_in_child=_in_child)

@@ -121,32 +121,34 @@ import json, os, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 import cv2, torch
 from inter2former import Click
-from inter2former.runtime import native
 from inter2former.segmenter import load_segmenter
 from doors import pictures
-count, path = int(sys.argv[1]), sys.argv[2]
-segmenter = load_segmenter(path, model_size=512, threads=count)
 def native_threads():
     return len(os.listdir("/proc/self/task")) - threading.active_count()
+imported = native_threads()  # libraries have threads of their own from the import on
+count, path = int(sys.argv[1]), sys.argv[2]
+segmenter = load_segmenter(path, model_size=512, threads=count)
 def ask(picture):
     return segmenter.segment(picture.png, picture.clicks(2, 0)).score
 for picture in pictures(2):
     ask(picture)
-one = native_threads()
-barrier = threading.Barrier(8)
+one = native_threads() - imported
+barrier = threading.Barrier(16)
 def together(picture):
     barrier.wait()
-    return ask(picture)
-with ThreadPoolExecutor(8) as pool:
-    list(pool.map(together, pictures(8)))
-    eight = native_threads()
-print(json.dumps({"one": one, "eight": eight, "torch": torch.get_num_threads(), "opencv": cv2.getNumThreads()}))
+    ask(picture)
+    barrier.wait()  # nobody's thread may end before it was counted
+    return native_threads() - imported
+with ThreadPoolExecutor(16) as pool:
+    many = max(pool.map(together, pictures(16)))
+print(json.dumps({"one": one, "many": many, "torch": torch.get_num_threads(), "opencv": cv2.getNumThreads()}))
 """
 
 
 def test_r13_threads_follow_the_setting(tiny_checkpoint: Path, note: Note) -> None:
-    """R13: native threads counted for THREADS = 1, 2, 4, with one caller and with eight. Eight callers add
-    at most a team of that size each; with one thread they add none."""
+    """R13: native threads that are started for THREADS = 1, 2, 4, with one caller and with sixteen at once. PyTorch
+    and the native module have a team each, of that size with the thread that asks, OpenCV one of that size and without
+    it; callers add none."""
     for count in (1, 2, 4):
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
         environment.pop("OMP_NUM_THREADS", None)
@@ -155,11 +157,11 @@ def test_r13_threads_follow_the_setting(tiny_checkpoint: Path, note: Note) -> No
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
         note(f"R13 native threads, THREADS={count}, one caller", found["one"])
-        note(f"R13 native threads, THREADS={count}, eight callers", found["eight"])
+        note(f"R13 native threads, THREADS={count}, sixteen callers", found["many"])
         assert found["torch"] == count
         assert found["opencv"] in (count, 0 if count == 1 else count)
-        # Libraries have threads of their own from the import on. OpenMP keeps a team for every calling thread.
-        assert found["eight"] - found["one"] <= (8 + 2) * (count - 1)
+        assert found["many"] <= found["one"]
+        assert found["one"] <= (3 * count - 2 if count > 1 else 0)
 
 
 def test_r14_clients_that_go_away(

@@ -154,7 +154,9 @@ def test_r10_overload_is_refused_at_once(
             if refused:
                 note(f"R10 {kind}, {load:g}x, p50 of refused, ms", 1000 * np.median(refused))
         assert refused, "five times the capacity was admitted"
-        assert np.median(refused) < max(taken)
+        # At once: nobody is refused after waiting. Quicker than nine of ten who were let in, though those who are
+        # refused come when the machine has most to do.
+        assert np.median(refused) < np.percentile(taken, 10)
         # The line is bounded, so is the wait in it; three times, for the generator shares the machine.
         assert middle[5.0] < 3 * PLACES[kind] / capacity + 0.5
         assert door.metric("inter2former_queue") == 0

@@ -98,8 +98,7 @@ def test_r42_training_talks_to_nobody(tmp_path: Path) -> None:
 # -- fork and spawn --------------------------------------------------------------------------------------------------
 
 FORK = """
-import hashlib, json, multiprocessing, os, signal, sys
-from concurrent.futures import ThreadPoolExecutor
+import hashlib, json, multiprocessing, sys, threading
 from inter2former.segmenter import load_segmenter
 from doors import pictures
 
@@ -107,10 +106,7 @@ def answers(segmenter):
     return [hashlib.sha256(segmenter.segment(p.png, p.clicks(3, 0)).mask.tobytes()).hexdigest() for p in pictures(3)]
 
 def in_child(segmenter, pipe):
-    # In a thread of the child's own, as servers compute: the OpenMP of PyTorch for Linux locks up in the one thread
-    # that is copied by a fork, when more than one thread is set and the parent's copy of it has computed.
-    with ThreadPoolExecutor(1) as pool:
-        pipe.send(pool.submit(answers, segmenter).result())
+    pipe.send(answers(segmenter))
 
 def spawned(path, threads, pipe):
     pipe.send(answers(load_segmenter(path, model_size=256, threads=threads)))
@@ -118,8 +114,16 @@ def spawned(path, threads, pipe):
 if __name__ == "__main__":
     path, threads, rounds, method = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     segmenter = load_segmenter(path, model_size=256, threads=threads)
-    with ThreadPoolExecutor(4) as pool:  # the pools of every library are in use before the fork
-        wanted = list(pool.map(lambda _: answers(segmenter), range(4)))[0]
+    wanted = answers(segmenter)
+    # The pools of every library are in use when a fork comes.
+    stop = threading.Event()
+    def compute():
+        while not stop.is_set():
+            segmenter.clear_cache()
+            answers(segmenter)
+    busy = [threading.Thread(target=compute) for _ in range(2)]
+    for thread in busy:
+        thread.start()
     context = multiprocessing.get_context(method)
     stuck = wrong = 0
     for _ in range(rounds):
@@ -136,6 +140,9 @@ if __name__ == "__main__":
             stuck += 1
             child.kill()
         child.join()
+    stop.set()
+    for thread in busy:
+        thread.join()
     print(json.dumps({"stuck": stuck, "wrong": wrong}))
 """
 
@@ -144,7 +151,7 @@ if __name__ == "__main__":
 def test_r22_children_answer_alike(
     method: str, threads: int, tiny_checkpoint: Path, tmp_path: Path, times: Times, note: Note
 ) -> None:
-    """R22: 50 children of a process whose thread pools have worked, each with a watchdog (generous, for busy
+    """R22: 50 children of a process whose threads compute meanwhile, each with a watchdog (generous, for busy
     machines: a child that is locked up never answers)."""
     rounds = times(50 if method == "fork" else 10, 2)
     script = tmp_path / "children.py"

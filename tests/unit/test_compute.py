@@ -30,11 +30,6 @@ def test_errors_reach_the_caller_and_the_next_work_runs() -> None:
     assert compute.run(lambda: 3) == 3
 
 
-def test_nothing_made_there_has_gradients() -> None:
-    assert compute.run(torch.is_inference_mode_enabled)
-    assert not torch.is_inference_mode_enabled()
-
-
 def test_threads_follow_the_callers_setting() -> None:
     before = torch.get_num_threads()
     try:
