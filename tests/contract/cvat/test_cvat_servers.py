@@ -24,7 +24,8 @@ import torch
 from cvat_standin import running
 
 from backends.common.http import BusyError
-from backends.cvat_nuclio import contract, gateway, main, serve
+from backends.common.settings import Settings
+from backends.cvat_nuclio import contract, gateway, main, replicas, serve, service
 from backends.cvat_nuclio.service import Interactor
 from inter2former.checkpoints import save_checkpoint
 from inter2former.config import tiny
@@ -351,3 +352,11 @@ def test_r17_wrong_settings_stop_the_server_with_every_one_named(tmp_path, monke
     printed = capsys.readouterr().err
     assert "I2F_CHECKPOINT" in printed
     assert "I2F_CVAT_RESPONSE" in printed
+
+
+def test_r15_every_wait_is_shorter_than_the_platforms():
+    """CVAT gives up after 120 s, and its pages show nothing better than an error then."""
+    assert service.WAIT_S + service.ENCODE_WAIT_S < 60
+    assert replicas.CONNECT_S + replicas.ANSWER_S < 120
+    assert gateway.UPSTREAM_TIMEOUT_S < 120
+    assert Settings().fetch_timeout_s < 90
