@@ -48,8 +48,13 @@ def test_every_rectangle_and_label_is_an_object(client: Client, server: str, pho
 def test_what_says_nothing_is_answered_with_nothing(client: Client, server: str, photo: MakePhoto) -> None:
     rocket = photo("rocket.jpg")
     project = client.project([rocket], server)
+    before = metric(server, "inter2former_encodes_total")
     assert project.regions(project.tasks[0], [click(50, 50, rocket.size, False)]) == []
     assert project.regions(project.tasks[0], []) == []
+    end = time.monotonic() + 120  # a task without clicks was opened: its image is looked at ahead
+    while metric(server, "inter2former_encodes_total") == before:
+        assert time.monotonic() < end
+        time.sleep(0.2)
 
 
 def test_an_image_is_encoded_once(client: Client, server: str, photo: MakePhoto) -> None:

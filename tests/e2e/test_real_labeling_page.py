@@ -1,6 +1,7 @@
 """Label Studio's labeling page in Chromium with our backend behind it: what a person does, and what is stored.
 
-Pictures of the page are left in out/e2e. Skipped where there is no Chromium.
+Pictures of the page are left in out/e2e, those of the guide in out/e2e/guide as they are in docs/images. Skipped where
+there is no Chromium.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import cv2
 import numpy as np
 import pytest
 from label_studio_real import PASSWORD, ROOT, USER, Client, Photo, Project, backend, checked_mask
+from PIL import Image
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; make e2e installs it")
 
@@ -73,9 +75,9 @@ class LabelingPage:
         if not switch.is_checked():
             switch.evaluate("box => box.click()")
 
-    def click(self, x: float, y: float, *, positive: bool = True) -> dict[str, Any]:
+    def click(self, x: float, y: float, *, positive: bool = True, key: str = "1") -> dict[str, Any]:
         """A smart click at percent (x, y), label chosen by its key; the platform's answer to it."""
-        self._choose_points()
+        self._choose_points(key)
 
         def act() -> None:
             if not positive:
@@ -105,7 +107,7 @@ class LabelingPage:
 
         return self._answer_to(act)
 
-    def _choose_points(self) -> None:
+    def _choose_points(self, key: str) -> None:
         """The label after the tool: the other way round the page takes the plain tool.
 
         M goes on to the next smart tool, and a reloaded page remembers the last one. After a click the label is let go.
@@ -115,7 +117,7 @@ class LabelingPage:
                 break
             self._page.keyboard.press("m")
             self._page.wait_for_timeout(300)
-        self._page.keyboard.press("1")
+        self._page.keyboard.press(key)
         self._page.wait_for_timeout(300)
 
     def _place(self, x: float, y: float) -> tuple[float, float]:
@@ -162,12 +164,26 @@ class LabelingPage:
         ):
             self._page.locator("button[name=submit]").first.click()
 
-    def wait_for_draft(self) -> None:
-        self._page.wait_for_function("() => Htx.annotationStore.selected.draftId > 0")
+    def wait_for_draft(self, kind: str, count: int) -> None:
+        """Until the page has saved so many clicks ("keypointlabels" with a place) or masks ("brushlabels")."""
+        end = time.monotonic() + PATIENCE_MS / 1000
+        part = "rle" if kind == "brushlabels" else "x"
+        while True:
+            drafts = self._project.client.drafts(self._project.tasks[0])
+            saved = [entry for draft in drafts for entry in draft["result"] if entry["type"] == kind]
+            if sum(part in entry["value"] for entry in saved) == count:
+                return
+            assert time.monotonic() < end, saved
+            time.sleep(0.5)
 
-    def picture(self, name: str) -> None:
-        PICTURES.mkdir(parents=True, exist_ok=True)
+    def picture(self, name: str, guide: str = "") -> None:
+        """Of the whole page; and of the image with its bars and lists for the guide, if it is named."""
+        (PICTURES / "guide").mkdir(parents=True, exist_ok=True)
         self._page.screenshot(path=PICTURES / f"{name}.png")
+        if guide:
+            with Image.open(PICTURES / f"{name}.png") as shown:
+                part = shown.convert("RGB").crop((240, 90, 1400, 900)).resize((812, 567), Image.Resampling.LANCZOS)
+            part.save(PICTURES / "guide" / f"label_studio_{guide}.jpg", quality=85)
 
 
 @contextmanager
@@ -194,14 +210,14 @@ def opened(project: Project) -> Iterator[LabelingPage]:
 
 
 def test_click_correct_accept_submit(client: Client, server: str, photo: Callable[[str], Photo]) -> None:
-    project = client.project([photo("chelsea.jpg")], server)
+    project = client.project([photo("coffee.jpg")], server)
     with opened(project) as page:
-        first = page.click(45, 45)
-        page.picture("1-first-click")
-        second = page.click(8, 12, positive=False)
-        page.picture("2-negative-click")
+        first = page.click(48, 45, key="2")
+        page.picture("1-first-click", "click")
+        second = page.click(20, 15, positive=False, key="2")
+        page.picture("2-negative-click", "alt")
         page.accept()
-        page.picture("3-accepted")
+        page.picture("3-accepted", "accepted")
         page.submit()
         page.picture("4-submitted")
     assert [entry["is_positive"] for entry in first["context"]] == [True]
@@ -221,7 +237,7 @@ def test_signs_survive_a_reload(client: Client, server: str, photo: Callable[[st
     with opened(project) as page:
         page.click(45, 45)
         before = page.click(8, 12, positive=False)
-        page.wait_for_draft()
+        page.wait_for_draft("keypointlabels", 2)
         page.reload()
         after = page.click(60, 50)
         page.picture("5-after-a-reload")
@@ -240,7 +256,7 @@ def test_box_second_object_and_a_reload_in_mid_object(
         page.picture("6-box")
         page.accept()
         second = page.click(8, 60)  # a second object, after the first was accepted: the table
-        page.wait_for_draft()
+        page.wait_for_draft("keypointlabels", 1)
         page.reload()
         again = page.click(90, 90, positive=False)
         page.picture("7-second-object")
@@ -248,11 +264,12 @@ def test_box_second_object_and_a_reload_in_mid_object(
         assert page.masks() == 2
         # The page takes away the clicks that it knows as such. One made before the reload stays, as a plain point.
         assert page.regions() == 3
-        end = time.monotonic() + 120  # the page saves its draft every few seconds
-        while sum(entry["type"] == "brushlabels" for entry in client.drafts(project.tasks[0])[0]["result"]) < 2:
-            assert time.monotonic() < end
-            time.sleep(0.5)
-        third = page.click(55, 20)
+        page.wait_for_draft("brushlabels", 2)
+        # On a mask a click would choose that mask.
+        taken = np.any([checked_mask(seen["answer"]["data"]["result"], seen["context"]) for seen in (boxed, again)], 0)
+        away = cv2.distanceTransform((~taken).astype(np.uint8), cv2.DIST_L2, 5)
+        row, column = np.unravel_index(int(away.argmax()), away.shape)
+        third = page.click(100 * (column + 0.5) / taken.shape[1], 100 * (row + 0.5) / taken.shape[0])
         page.accept()
         page.submit()
     assert [entry["type"] for entry in boxed["context"]] == ["rectanglelabels"]
@@ -291,24 +308,21 @@ def test_a_click_near_an_accepted_mask_corrects_it(
     client: Client, photo: Callable[[str], Photo], logs: Path, weights: dict[str, str]
 ) -> None:
     with backend(logs / "correcting.txt", **weights, I2F_CORRECT_WITHIN="6") as correcting:
-        project = client.project([photo("chelsea.jpg")], correcting)
+        project = client.project([photo("coffee.jpg")], correcting)
         with opened(project) as page:
-            first = page.click(45, 45)
+            first = page.click(48, 45, key="2")
             mask = checked_mask(first["answer"]["data"]["result"], first["context"])
             page.accept()
             page.picture("9-accepted-before")
-            end = time.monotonic() + 120  # the page saves its draft every few seconds
-            while not any(draft["result"] for draft in client.drafts(project.tasks[0])):
-                assert time.monotonic() < end
-                time.sleep(0.5)
+            page.wait_for_draft("brushlabels", 1)
             height, width = mask.shape
             away = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 5)
             middle = np.zeros_like(mask)
             middle[height // 10 : -height // 10, width // 10 : -width // 10] = True
             rows, columns = np.nonzero((away > 4) & (away < 0.05 * max(height, width)) & middle)
             row, column = rows[len(rows) // 2], columns[len(rows) // 2]
-            second = page.click(100 * (column + 0.5) / width, 100 * (row + 0.5) / height)
-            page.picture("10-corrected")
+            second = page.click(100 * (column + 0.5) / width, 100 * (row + 0.5) / height, key="2")
+            page.picture("10-corrected", "corrected")
             page.accept()
             assert page.regions() == 1
             page.submit()
