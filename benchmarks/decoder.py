@@ -1,7 +1,8 @@
-"""The decoder of a click beside that of SAM ViT-B, kept in benchmarks/results/.
+"""The decoder of a click beside those of SAM ViT-B and SAM 2.1 tiny, kept in benchmarks/results/ with a picture.
 
     python -m benchmarks.decoder --threads 2                 # a minute or two
     python -m benchmarks.decoder --threads 1 --clock cpu     # on a busy machine
+    python -m benchmarks.decoder --size 512 --size 768 --size 1024 --size 1536 --size 2048 --runs 5     # cost by size
 
 A click of ours is everything after the image: the click painted into the reference mask, the decoder, the mask in the
 image, the reference mask after the prediction. One of SAM's is prompt encoder, mask decoder, logits brought to the
@@ -9,11 +10,13 @@ image's size, threshold; its image embedding is known, its weights are random (`
 
 Protocol: random weights and features. The object is a centred disc, possible foreground in the reference mask; one new
 click in its middle; the part that is upsampled is the disc's box (10 % at the first click), whatever the random weights
-find. Contenders take turns in one process; first it is checked that ours agrees with the plain network.
+find. Contenders take turns in one process; first it is checked that ours agrees with the plain network, and how many
+pixels bfloat16 moves. From T = 1536 on there are the first click and 10 % alone, without the plain network.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import statistics
 import time
@@ -31,6 +34,7 @@ from benchmarks.results import write_result
 from inter2former import reference_mask
 from inter2former.bench import disc
 from inter2former.config import PRESETS
+from inter2former.files import write_atomically
 from inter2former.images import Frame
 from inter2former.nn.model import Features, Inter2Former
 from inter2former.runtime import native
@@ -40,6 +44,7 @@ from inter2former.terminal import print_rows
 AREAS = (0.01, 0.05, 0.10, 0.25, 0.50)
 FIRST_CLICK_AREA = 0.10
 TOLERANCE = 1e-4  # of logits, against the plain network
+LARGE = 1536  # pixels; from here on fewer rows
 
 Box = tuple[int, int, int, int]
 Reference = npt.NDArray[np.uint8]
@@ -61,6 +66,26 @@ def sam_vit_b() -> Action:
         with torch.inference_mode():
             low = model(
                 image_embeddings=embedding, input_points=points, input_labels=labels, multimask_output=False
+            ).pred_masks
+            return F.interpolate(low[0], (1024, 1024), mode="bilinear", align_corners=False) > 0
+
+    return click
+
+
+def sam2_tiny() -> Action:
+    """The same for SAM 2.1 tiny, whose decoder also reads two finer maps."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import Sam2Config, Sam2Model
+
+    model: Any = Sam2Model(Sam2Config())
+    model.eval()
+    maps = [torch.randn(1, 32, 256, 256), torch.randn(1, 64, 128, 128), torch.randn(1, 256, 64, 64)]
+    points, labels = torch.full((1, 1, 1, 2), 512.0), torch.ones(1, 1, 1, dtype=torch.int)
+
+    def click() -> object:
+        with torch.inference_mode():
+            low = model(
+                image_embeddings=maps, input_points=points, input_labels=labels, multimask_output=False
             ).pred_masks
             return F.interpolate(low[0], (1024, 1024), mode="bilinear", align_corners=False) > 0
 
@@ -128,8 +153,45 @@ def check_agreement(model: Inter2Former, decoder: FusedDecoder, features: Featur
     return worst
 
 
+def tokens_of(reference: Reference, box: Box, size: int) -> dict[str, int]:
+    """Tokens with full attention, and tokens that are upsampled."""
+    edge = native.edge_tokens(reference, (0, 0, size, size))
+    left, top, right, bottom = box
+    return {"edge_tokens": int(edge.sum()), "object_tokens": (right - left) * (bottom - top)}
+
+
+def plot(result: dict[str, Any]) -> bytes:
+    """PNG: clicks by the object's area in units of SAM's, and our time by what a click has to look at."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+    by_area, by_tokens = figure.subplots(1, 2)
+    for contender in sorted({row["contender"] for row in result["rows"]}):
+        rows = [row for row in result["rows"] if row["contender"] == contender]
+        line = [row for row in rows if row["what"] == "click" and row["size"] == min(r["size"] for r in rows)]
+        by_area.plot([100 * r["area"] for r in line], [1 / r["sam_over_this"] for r in line], "o-", label=contender)
+        if contender in ("ours", "ours_bfloat16"):
+            seen = sorted((r["edge_tokens"] + r["object_tokens"], r["median_ms"], r["size"]) for r in rows)
+            by_tokens.plot([n for n, _, _ in seen], [ms for _, ms, _ in seen], "o", label=contender)
+    by_area.axhline(1.0, color="grey", linewidth=0.8)
+    by_area.set(xlabel="object, % of the picture", ylabel="clicks of SAM ViT-B's decoder", ylim=(0, None))
+    by_area.legend(frameon=False, fontsize=8)
+    by_tokens.set(xlabel="edge tokens + upsampled tokens", ylabel="ms a click", xscale="log", yscale="log")
+    by_tokens.legend(frameon=False, fontsize=8)
+    picture = io.BytesIO()
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.print_png(picture)
+    return picture.getvalue()
+
+
 def measure(
-    preset: str, size: int, areas: tuple[float, ...], runs: int, clock: Callable[[], float], sam: Action, twin: bool
+    preset: str,
+    size: int,
+    runs: int,
+    clock: Callable[[], float],
+    others: dict[str, Action],
+    twin: bool,
 ) -> dict[str, Any]:
     torch.manual_seed(0)
     model = Inter2Former(PRESETS[preset]()).eval()
@@ -138,14 +200,23 @@ def measure(
     if compiled is None:
         raise SystemExit("The native module is not there.")
     decoder = FusedDecoder(model, compiled)
+    rounding = FusedDecoder(model, compiled, precision="bfloat16")
     encoding = decoder.compact(features)
-    difference = check_agreement(model, decoder, features)
+    large = size >= LARGE
+    difference = None if large else check_agreement(model, decoder, features)
     frame = Frame(size, size, size, model.config.input_convention)
     rows = []
-    for area in (None, *areas):
+    moved = []
+    for area in (None, 0.10) if large else (None, *AREAS):
         reference, box = scene(size, area)
-        actions = {"sam_vit_b": sam, "ours": ours(decoder, encoding, frame, reference, box)}
-        if twin:
+        exact, near = (one.click(encoding, reference, box).inside > 0 for one in (decoder, rounding))
+        moved.append(float((exact != near).mean()))
+        actions = {
+            **others,
+            "ours": ours(decoder, encoding, frame, reference, box),
+            "ours_bfloat16": ours(rounding, encoding, frame, reference, box),
+        }
+        if twin and not large:
             actions["ours_pytorch"] = ours_pytorch(model, features, reference, box)
         seconds: dict[str, list[float]] = {name: [] for name in actions}
         for index in range(runs + 1):
@@ -165,13 +236,19 @@ def measure(
                     "size": size,
                     "area": area,
                     "contender": name,
+                    **tokens_of(reference, box, size),
                     "median_ms": round(1000 * statistics.median(values), 2),
                     "sam_ms": round(1000 * statistics.median(seconds["sam_vit_b"]), 2),
                     "sam_over_this": round(statistics.median(ratios), 2),
                     "runs": runs,
                 }
             )
-    return {"rows": rows, "largest_logit_difference": difference, "encoded_image_bytes": encoding.nbytes}
+    return {
+        "rows": rows,
+        "largest_logit_difference": difference,
+        "pixels_moved_by_bfloat16": max(moved),
+        "encoded_image_bytes": encoding.nbytes,
+    }
 
 
 def main(
@@ -190,13 +267,16 @@ def main(
     cv2.setNumThreads(threads)
     native.set_threads(threads)
     now = time.perf_counter if kind == "wall" else time.thread_time
-    sam = sam_vit_b()
-    parts = {str(T): measure(preset, T, AREAS, runs, now, sam, twin) for T in size or [1024]}
+    others = {"sam_vit_b": sam_vit_b(), "sam2_tiny": sam2_tiny()}
+    parts = {str(T): measure(preset, T, runs, now, others, twin) for T in size or [1024]}
     rows = [row for part in parts.values() for row in part.pop("rows")]
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     result = {"clock": kind, "load": load, "rows": rows, "sizes": parts}
     print_rows(f"{threads} threads, {kind} time, load {load}", rows)
-    print(f"wrote {write_result(f'decoder_{preset}_{threads}', result, threads=threads)}")
+    name = f"decoder_{preset}_{threads}" + ("_sizes" if len(parts) > 1 else "")
+    path = write_result(name, result, threads=threads)
+    write_atomically(path.with_suffix(".png"), plot(result))
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import baselines, click, results
+from benchmarks import baselines, click, results, threads
 from inter2former import bench
 from inter2former.evaluation import Target, evaluate
 from inter2former.prompts import Click
@@ -77,3 +77,10 @@ def test_later_seeds_win():
     inside, outside = baselines.seeds((50, 50), [Click(25, 25), Click(25, 25, False)], 1.0)
     assert not inside.any()
     assert outside[25, 25]
+
+
+def test_threads_keeps_figures_and_every_mask_is_the_same(folder):
+    threads.main(preset="tiny", size=256, threads=3, clicks=2, rounds=1)
+    content = json.loads((folder / "threads_tiny.json").read_text())
+    assert content["masks_that_differ"] == 0
+    assert content["callers"] == 3

@@ -1,0 +1,145 @@
+"""What an image costs once, and twenty clicks with it (20-SPC), beside SAM ViT-B; kept in benchmarks/results/.
+
+    python -m benchmarks.image --threads 2                                    # base at T = 1024: a few minutes
+    python -m benchmarks.image --preset tiny --size 256 --layers 1 --runs 1   # does it run at all
+
+Rows: our encoder with the edge features (packed, as served), Canny and CannyNet alone, SAM ViT-B's encoder; then a
+session: encode once and click twenty times on an object of 10 %. Weights are random, contenders take turns. The small
+model's cold first mask and later click are given in clicks of SAM's decoder.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import cv2
+import torch
+import typer
+
+from benchmarks.decoder import Action, ours, sam_vit_b, scene
+from benchmarks.results import write_result
+from inter2former.bench import picture
+from inter2former.config import PRESETS
+from inter2former.images import Frame
+from inter2former.nn.canny import canny
+from inter2former.nn.model import Inter2Former
+from inter2former.runtime import native
+from inter2former.runtime.decoder import FusedDecoder
+from inter2former.runtime.packing import pack
+from inter2former.terminal import print_rows
+
+CLICKS = 20
+AREA = 0.10
+
+
+def sam_encoder(layers: int) -> Action:
+    """SAM ViT-B's image encoder at 1024 pixels, or its first layers."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import SamVisionConfig, SamVisionModel
+
+    wide = [index for index in (2, 5, 8, 11) if index < layers]
+    model: Any = SamVisionModel(SamVisionConfig(num_hidden_layers=layers, global_attn_indexes=wide))
+    model.eval()
+    pixels = torch.randn(1, 3, 1024, 1024)
+
+    def encode() -> object:
+        with torch.inference_mode():
+            return model(pixels)
+
+    return encode
+
+
+def our_actions(preset: str, size: int, precision: native.Precision = "float32") -> dict[str, Action]:
+    """encode, edges, click (10 %, at the object's box) and first_click; agreement with the plain encoder is checked."""
+    torch.manual_seed(0)
+    plain = Inter2Former(PRESETS[preset]()).eval()
+    packed = pack(copy.deepcopy(plain), precision)
+    frame = Frame(size, size, size, plain.config.input_convention)
+    image = frame.prepare(picture(size, 7))
+    small = Frame(256, 256, 256, plain.config.input_convention).prepare(picture(256, 7))
+    want = plain.encode(small).tokens[0].permute(1, 2, 0)
+    torch.testing.assert_close(packed.encode(small).tokens, want, atol=1e-3, rtol=1e-3)
+    encoding: Any = packed.encode(image)
+    compiled = native.module()
+    if compiled is None:
+        raise SystemExit("The native module is not there.")
+    decoder = FusedDecoder(plain, compiled, precision=precision)
+    pixels = image.unsqueeze(0)
+
+    def edges() -> object:
+        with torch.inference_mode():
+            return packed.canny_net(canny(pixels), pixels)
+
+    return {
+        "encode": lambda: packed.encode(image),
+        "edges": edges,
+        "click": ours(decoder, encoding, frame, *scene(size, AREA)),
+        "first_click": ours(decoder, encoding, frame, *scene(size, None)),
+    }
+
+
+def timed(actions: dict[str, Action], runs: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Median seconds of each; contenders take turns, after one turn that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for index in range(runs + 1):
+        for name, action in actions.items():
+            began = clock()
+            action()
+            if index > 0:
+                seconds[name].append(clock() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def main(
+    preset: str = "base",
+    size: int = 1024,
+    runs: int = 3,
+    threads: int = 2,
+    layers: Annotated[int, typer.Option(help="Of SAM's encoder; fewer for a trial.")] = 12,
+    clock: Annotated[str, typer.Option(help="wall, or cpu: this thread's own time, for one thread")] = "wall",
+) -> None:
+    """Time encoders and sessions and keep the ratios."""
+    if clock not in ("wall", "cpu") or (clock == "cpu" and threads != 1):
+        raise SystemExit("--clock is wall or cpu; cpu counts one thread only, so give --threads 1.")
+    torch.set_num_threads(threads)
+    cv2.setNumThreads(threads)
+    native.set_threads(threads)
+    now = time.perf_counter if clock == "wall" else time.thread_time
+    sam_click = sam_vit_b()
+    once = {f"ours_{name}": action for name, action in our_actions(preset, size).items()}
+    seconds = timed({"sam_encode": sam_encoder(layers), "sam_click": sam_click, **once}, runs, now)
+    small = timed({"sam_click": sam_click, **our_actions("small" if preset == "base" else preset, size)}, runs, now)
+
+    session = seconds["ours_encode"] + CLICKS * seconds["ours_click"]
+    sam_session = seconds["sam_encode"] + CLICKS * seconds["sam_click"]
+    summary = {
+        "session20_over_sam": round(session / sam_session, 3),
+        "encode_over_sam": round(seconds["ours_encode"] / seconds["sam_encode"], 3),
+        "small_cold_first_mask_in_sam_clicks": round((small["encode"] + small["first_click"]) / small["sam_click"], 2),
+        "small_click_in_sam_clicks": round(small["click"] / small["sam_click"], 2),
+    }
+    rows = [{"what": name, "median_ms": round(1000 * value, 2)} for name, value in seconds.items()]
+    rows += [{"what": f"small_{name}", "median_ms": round(1000 * value, 2)} for name, value in small.items()]
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    print_rows(f"{preset}, T = {size}, {threads} threads, {clock} time, load {load}", rows)
+    for name, ratio in summary.items():
+        print(f"{name:40} {ratio}")
+    result = {
+        "clock": clock,
+        "load": load,
+        "preset": preset,
+        "size": size,
+        "sam_layers": layers,
+        **summary,
+        "rows": rows,
+    }
+    print(f"wrote {write_result(f'image_{preset}_{threads}', result, threads=threads)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
