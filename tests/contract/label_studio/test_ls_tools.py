@@ -132,7 +132,7 @@ def test_connect_attaches_once() -> None:
     assert "ML_BLOCK_LOCAL_IP" in refused.value.fix
 
 
-def test_precompute_goes_on_until_the_memory_is_full() -> None:
+def test_precompute_asks_for_every_task_and_says_what_failed() -> None:
     servers = Servers()
     result = precompute_project(*servers.pair(), 3)
     assert (result.done, result.failed, result.total, result.full) == (20, 0, 20, False)
@@ -144,10 +144,23 @@ def test_precompute_goes_on_until_the_memory_is_full() -> None:
     result = precompute_project(*servers.pair(), 3, limit=3, say=lambda _, trouble: said.append(trouble))
     assert (result.done, result.failed) == (0, 3)
     assert said == ["Task 1: gone"] * 3
+
+
+@pytest.mark.parametrize(("budget", "place"), [(0, "cache"), (2e9, "folder")])
+def test_precompute_ends_when_what_keeps_the_encodings_is_full(budget: float, place: str) -> None:
+    """The folder, where there is one; that memory makes room all the time ends nothing then."""
     servers = Servers()
-    servers.metrics = ["inter2former_cache_evictions_total 0.0", "inter2former_cache_evictions_total 2.0"]
+    other = "folder" if place == "cache" else "cache"
+
+    def metrics(evicted: int, elsewhere: int) -> str:
+        return (
+            f"inter2former_folder_budget_bytes {budget}\n"
+            f"inter2former_{place}_evictions_total {evicted}\ninter2former_{other}_evictions_total {elsewhere}\n"
+        )
+
+    servers.metrics = [metrics(0, 0), metrics(0, 1), metrics(0, 2), metrics(2, 3)]
     result = precompute_project(*servers.pair(), 3)
-    assert (result.done, result.full) == (8, True)
+    assert (result.done, result.full) == (16, True)
 
 
 def test_the_recommended_config_keeps_labels_and_image() -> None:
