@@ -366,7 +366,6 @@ def workers(
     """Ways to have several nuclio workers: a free worker gets the next click, as nuclio's processor does it."""
     cores = os.cpu_count() or 1
     work = Work.of(people, 2, clicks)
-    core = load_segmenter(threads=1)
     rows = []
     for what, count, shared, threads in (
         ("one worker, its threads on all cores", 1, False, cores),
@@ -390,7 +389,7 @@ def workers(
                     "memory_mb": round(
                         sum(one.memory_mb() for one in {id(x): x for x in [*asked, *computing]}.values())
                     ),
-                    "wrong": work.wrong(answers, core),
+                    "wrong": work.wrong(answers, load_segmenter(threads=threads)),
                 }
             )
     print(json.dumps(rows))

@@ -84,3 +84,18 @@ def test_without_the_native_module_the_network_itself_serves(monkeypatch: pytest
     one, two = plain.encode(image), packed.encode(image)
     state = reference_mask.paint_clicks(reference_mask.initial(128), [(60, 50, True)], 5)
     torch.testing.assert_close(plain.decode(one, state).logits, packed.decode(two, state).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [4, 16])
+def test_map_norm_is_exact_on_large_maps(channels: int) -> None:
+    """A million numbers a channel with a mean far from zero: what float32 sums get wrong in the fourth digit."""
+    norm = torch.nn.GroupNorm(1, channels)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        norm.weight.copy_(0.8 + 0.4 * torch.rand(channels, generator=generator))
+        norm.bias.copy_(torch.rand(channels, generator=generator) - 0.5)
+        x = 0.7 * torch.randn(2, channels, 512, 768, generator=generator) + 2
+        want = copy.deepcopy(norm).double()(x.double()).float()
+        for layout in (torch.contiguous_format, torch.channels_last):
+            found = packing.MapNorm(norm)(x.contiguous(memory_format=layout))
+            torch.testing.assert_close(found, want, atol=5e-6, rtol=0)

@@ -44,13 +44,13 @@ class Recording:
         self.image = self.frame.prepare(rgb)
         self.own_maps = canny(self.image[None])
         maps = np.load(FIXTURES / "canny_coffee_512.npz")
-        recorded = CannyMaps(
+        self.recorded_maps = CannyMaps(
             torch.from_numpy(maps["grad_mag"]).view(1, 1, T, T),
             torch.from_numpy(maps["orientation_div45"].astype(np.float32)).view(1, 1, T, T),
             torch.from_numpy(bits(maps["is_max"], 1, 1, T, T)),
         )
         with torch.inference_mode():
-            self.injected: ImageEncoding = self.model.encode_with_canny(self.image[None], recorded)
+            self.injected: ImageEncoding = self.model.encode_with_canny(self.image[None], self.recorded_maps)
 
     def group(self, k: int) -> list[tuple[int, int, bool]]:
         return [(*self.frame.model_pixel(x, y), sign == "positive") for y, x, sign in self.info["clicks"][k]]
@@ -123,11 +123,16 @@ def test_codes_and_experts(recording: Recording, k: int) -> None:
 
 
 def test_a_packed_model_keeps_the_records(recording: Recording) -> None:
-    """What serves (native experts and edge tokens, packed linear layers) within the same tolerances, forced."""
+    """What serves (native clicks, packed linear layers, own norms), encoder included, within the tolerances, forced."""
     packed = pack(copy.deepcopy(recording.model))
+    with torch.inference_mode():
+        encoding = packed.encode_with_canny(recording.image[None], recording.recorded_maps)
+    for mine, plain in zip(encoding.edges, recording.injected.edges, strict=True):
+        torch.testing.assert_close(mine, plain, atol=2e-4, rtol=0)
     for k in range(5):
-        decoded = packed.decode(recording.injected, recording.data[f"c{k}_ref_in"])
+        decoded = packed.decode(encoding, recording.data[f"c{k}_ref_in"])
         assert np.abs(decoded.low.numpy() - recording.data[f"c{k}_low"]).max() < 1e-3
+        assert np.abs(decoded.logits[4::8, 4::8].numpy() - recording.data[f"c{k}_logits_s8"]).max() < 2e-3
         wrong = (decoded.logits.numpy() > 0) != bits(recording.data[f"c{k}_logits_sign"], T, T)
         assert wrong.mean() <= 2e-4
 
