@@ -59,17 +59,7 @@ def sam_vit_b() -> Action:
     config = SamConfig(vision_config={"num_hidden_layers": 1, "global_attn_indexes": [0]})
     model: Any = SamModel(config)
     model.eval()
-    embedding = torch.randn(1, 256, 64, 64)
-    points, labels = torch.full((1, 1, 1, 2), 512.0), torch.ones(1, 1, 1, dtype=torch.int)
-
-    def click() -> object:
-        with torch.inference_mode():
-            low = model(
-                image_embeddings=embedding, input_points=points, input_labels=labels, multimask_output=False
-            ).pred_masks
-            return F.interpolate(low[0], (1024, 1024), mode="bilinear", align_corners=False) > 0
-
-    return click
+    return _click_of_sam(model, torch.randn(1, 256, 64, 64))
 
 
 def sam2_tiny() -> Action:
@@ -80,12 +70,16 @@ def sam2_tiny() -> Action:
     model: Any = Sam2Model(Sam2Config())
     model.eval()
     maps = [torch.randn(1, 32, 256, 256), torch.randn(1, 64, 128, 128), torch.randn(1, 256, 64, 64)]
+    return _click_of_sam(model, maps)
+
+
+def _click_of_sam(model: Any, embeddings: Any) -> Action:
     points, labels = torch.full((1, 1, 1, 2), 512.0), torch.ones(1, 1, 1, dtype=torch.int)
 
     def click() -> object:
         with torch.inference_mode():
             low = model(
-                image_embeddings=maps, input_points=points, input_labels=labels, multimask_output=False
+                image_embeddings=embeddings, input_points=points, input_labels=labels, multimask_output=False
             ).pred_masks
             return F.interpolate(low[0], (1024, 1024), mode="bilinear", align_corners=False) > 0
 
@@ -160,6 +154,18 @@ def tokens_of(reference: Reference, box: Box, size: int) -> dict[str, int]:
     return {"edge_tokens": int(edge.sum()), "object_tokens": (right - left) * (bottom - top)}
 
 
+def timed(actions: dict[str, Action], runs: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds of each, a run each; contenders take turns, after one turn that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for index in range(runs + 1):
+        for name, action in actions.items():
+            began = clock()
+            action()
+            if index > 0:
+                seconds[name].append(clock() - began)
+    return seconds
+
+
 def plot(result: dict[str, Any]) -> bytes:
     """PNG: clicks by the object's area in units of SAM's, and our time by what a click has to look at."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -167,17 +173,20 @@ def plot(result: dict[str, Any]) -> bytes:
 
     figure = Figure(figsize=(9.6, 3.8), layout="constrained")
     by_area, by_tokens = figure.subplots(1, 2)
+    smallest = min(row["size"] for row in result["rows"])
     for contender in sorted({row["contender"] for row in result["rows"]}):
         rows = [row for row in result["rows"] if row["contender"] == contender]
-        line = [row for row in rows if row["what"] == "click" and row["size"] == min(r["size"] for r in rows)]
+        line = [row for row in rows if row["what"] == "click" and row["size"] == smallest]
         by_area.plot([100 * r["area"] for r in line], [1 / r["sam_over_this"] for r in line], "o-", label=contender)
         if contender in ("ours", "ours_bfloat16"):
             seen = sorted((r["edge_tokens"] + r["object_tokens"], r["median_ms"], r["size"]) for r in rows)
             by_tokens.plot([n for n, _, _ in seen], [ms for _, ms, _ in seen], "o", label=contender)
     by_area.axhline(1.0, color="grey", linewidth=0.8)
     by_area.set(xlabel="object, % of the picture", ylabel="clicks of SAM ViT-B's decoder", ylim=(0, None))
+    by_area.set_title(f"T = {smallest}", fontsize=9)
     by_area.legend(frameon=False, fontsize=8)
     by_tokens.set(xlabel="edge tokens + upsampled tokens", ylabel="ms a click", xscale="log", yscale="log")
+    by_tokens.set_title("T = " + ", ".join(str(n) for n in sorted({r["size"] for r in result["rows"]})), fontsize=9)
     by_tokens.legend(frameon=False, fontsize=8)
     picture = io.BytesIO()
     canvas: Any = FigureCanvasAgg(figure)
@@ -218,13 +227,7 @@ def measure(
         }
         if twin and not large:
             actions["ours_pytorch"] = ours_pytorch(model, features, reference, box)
-        seconds: dict[str, list[float]] = {name: [] for name in actions}
-        for index in range(runs + 1):
-            for name, action in actions.items():
-                began = clock()
-                action()
-                if index > 0:
-                    seconds[name].append(clock() - began)
+        seconds = timed(actions, runs, clock)
         for name, values in seconds.items():
             if name == "sam_vit_b":
                 continue

@@ -51,18 +51,30 @@ def make_experts(count: int) -> HybridExperts:
 def sorted_experts(module: HybridExperts) -> Callable[[Tensor, Tensor], Tensor]:
     w12, b12 = torch.cat([module.w1, module.w2], 1), torch.cat([module.b1, module.b2], 1)
 
+    return _an_expert_at_a_time(
+        module,
+        lambda e, rows: F.linear(rows, w12[e], b12[e]),
+        lambda e, hidden: F.linear(hidden, module.w3[e], module.b3[e]),
+    )
+
+
+def _an_expert_at_a_time(
+    module: HybridExperts, up: Callable[[int, Tensor], Tensor], down: Callable[[int, Tensor], Tensor]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Tokens sorted by their expert; `up` and `down` are an expert's two products, of all its tokens at once."""
+
     def forward(x: Tensor, edge: Tensor) -> Tensor:
         shared = module.shared(x)
         chosen, share = module.route(x)
         order = chosen.argsort(stable=True)
-        ends = torch.bincount(chosen, minlength=len(w12)).cumsum(0).tolist()
+        ends = torch.bincount(chosen, minlength=len(module.w1)).cumsum(0).tolist()
         rows = x[order]
         routed = torch.empty_like(rows)
         start = 0
         for e, end in enumerate(ends):
             if end > start:
-                a, b = F.linear(rows[start:end], w12[e], b12[e]).chunk(2, -1)
-                routed[start:end] = F.linear(module.norm(F.silu(a) * b), module.w3[e], module.b3[e])
+                a, b = up(e, rows[start:end]).chunk(2, -1)
+                routed[start:end] = down(e, module.norm(F.silu(a) * b))
             start = end
         back = torch.empty_like(routed)
         back[order] = routed
@@ -114,24 +126,7 @@ def packed_experts(module: HybridExperts) -> Callable[[Tensor, Tensor], Tensor] 
     up = [layer(torch.cat([module.w1[e], module.w2[e]]), torch.cat([module.b1[e], module.b2[e]])) for e in range(count)]
     down = [layer(w, b) for w, b in zip(module.w3, module.b3, strict=True)]
 
-    def forward(x: Tensor, edge: Tensor) -> Tensor:
-        shared = module.shared(x)
-        chosen, share = module.route(x)
-        order = chosen.argsort(stable=True)
-        ends = torch.bincount(chosen, minlength=len(up)).cumsum(0).tolist()
-        rows = x[order]
-        routed = torch.empty_like(rows)
-        start = 0
-        for e, end in enumerate(ends):
-            if end > start:
-                a, b = up[e](rows[start:end]).chunk(2, -1)
-                routed[start:end] = down[e](module.norm(F.silu(a) * b))
-            start = end
-        back = torch.empty_like(routed)
-        back[order] = routed
-        return torch.lerp(back, shared, share[:, None])
-
-    return forward
+    return _an_expert_at_a_time(module, lambda e, rows: up[e](rows), lambda e, hidden: down[e](hidden))
 
 
 def peak(clock: Callable[[], float]) -> float:

@@ -21,7 +21,7 @@ import cv2
 import torch
 import typer
 
-from benchmarks.decoder import Action, ours, sam_vit_b, scene
+from benchmarks.decoder import Action, ours, sam_vit_b, scene, timed
 from benchmarks.results import write_result
 from inter2former.bench import picture
 from inter2former.config import PRESETS
@@ -83,16 +83,8 @@ def our_actions(preset: str, size: int, precision: native.Precision = "float32")
     }
 
 
-def timed(actions: dict[str, Action], runs: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Median seconds of each; contenders take turns, after one turn that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for index in range(runs + 1):
-        for name, action in actions.items():
-            began = clock()
-            action()
-            if index > 0:
-                seconds[name].append(clock() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def medians(actions: dict[str, Action], runs: int, clock: Callable[[], float]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in timed(actions, runs, clock).items()}
 
 
 def main(
@@ -112,8 +104,8 @@ def main(
     now = time.perf_counter if clock == "wall" else time.thread_time
     sam_click = sam_vit_b()
     once = {f"ours_{name}": action for name, action in our_actions(preset, size).items()}
-    seconds = timed({"sam_encode": sam_encoder(layers), "sam_click": sam_click, **once}, runs, now)
-    small = timed({"sam_click": sam_click, **our_actions("small" if preset == "base" else preset, size)}, runs, now)
+    seconds = medians({"sam_encode": sam_encoder(layers), "sam_click": sam_click, **once}, runs, now)
+    small = medians({"sam_click": sam_click, **our_actions("small" if preset == "base" else preset, size)}, runs, now)
 
     session = seconds["ours_encode"] + CLICKS * seconds["ours_click"]
     sam_session = seconds["sam_encode"] + CLICKS * seconds["sam_click"]
