@@ -54,6 +54,9 @@ class ModelConfig:
     click_radius: int = 5  # model pixels, as in RITM and the release
     initial_reference: int = 2  # state of every pixel before the first prompt: unknown
     low_threshold: float = -2.0  # low-resolution logits above it are upsampled
+    # Parts of a mask that are smaller than this share of the largest one and hold no positive click are left out;
+    # 0 keeps all, as released.
+    island_share: float = 0.0
     auto_sizes: tuple[int, ...] = (512, 768, 1024, 1536, 2048)  # what T="auto" may choose
     score_weights: tuple[float, ...] = ()  # of the predicted IoU, see score.py; without: what the probabilities promise
 
@@ -78,6 +81,7 @@ class ModelConfig:
             ),
             (self.attention_dim % 4 == 0, "attention_dim must be a multiple of 4 (two axes of RoPE pairs)"),
             (self.position_span >= 0, "position_span must not be negative"),
+            (0 <= self.island_share <= 1, "island_share must be in 0..1"),
             (self.window % 2 == 0 and self.window > 0, "window must be even"),
             (self.anchor_size > 0 and self.anchor_size % 16 == 0, "anchor_size must be a multiple of 16 pixels"),
             (
@@ -159,6 +163,7 @@ def small() -> ModelConfig:
         position_span=16,  # positions as in a 256-pixel view at every size (miou@3 at T = 512: 34.6 -> 39.8)
         up_norm="pixel",
         edge_blocks=1,
+        island_share=0.1,  # crumbs beside the object: mIoU@1 29.7 -> 31.2, mIoU@2 41.9 -> 44.2 (56 objects)
         auto_sizes=(256, 512),  # sizes of the training crops; larger photos are shown at the largest
     )
 

@@ -9,8 +9,9 @@ How a mask is made (paper 3.3, and the click loop of the released implementation
     for each click:  R = paint(R, click);  logits = decode(encoding, R);  R = apply(R, logits > 0)
     mask = (logits of the last decoder pass, resized to the image) > 0, then every click is kept
 
-A box or an initial mask without clicks is decoded once as it is. Each step depends on the one before and on nothing
-else, so (R, logits) after a step are cached under a digest of everything that led to them.
+A box or an initial mask without clicks is decoded once as it is. Where the configuration says so, small islands that
+nobody clicked are left out of each pass's logits. Each step depends on the one before and on nothing else, so
+(R, logits) after a step are cached under a digest of everything that led to them.
 """
 
 from __future__ import annotations
@@ -137,6 +138,19 @@ class _Found:
         logits[self.pixels] = self.inside
         return torch.from_numpy(logits)
 
+    def without_islands(self, share: float, asked: Mask) -> _Found:
+        """Parts (of eight neighbours) smaller than `share` of the largest change their sign, but not those that meet
+        `asked`, bool [T, T]."""
+        inside = self.inside > 0
+        n, part, about, _ = cv2.connectedComponentsWithStats(inside.view(np.uint8), connectivity=8)
+        if n <= 2:
+            return self
+        area = about[:, cv2.CC_STAT_AREA]
+        dropped = area < share * area[1:].max()
+        dropped[part[asked[self.pixels] & inside]] = False
+        dropped[0] = False
+        return _Found(np.where(dropped[part], -self.inside, self.inside), self.box) if dropped.any() else self
+
     @property
     def pixels(self) -> tuple[slice, slice]:
         """The box in model pixels."""
@@ -201,6 +215,14 @@ class _Start:
         else:  # a box says that something is inside of it: unknown, also for a model that starts from background
             state = reference_mask.initial(size, initial if self.box is None else reference_mask.UNKNOWN)
         return state if self.box is None else reference_mask.limit_to_box(state, self.box)
+
+    def asked(self, size: int, clicks: Sequence[ModelClick]) -> Mask:
+        """bool [T, T]: the positive clicks, and the mask that they correct."""
+        asked = np.zeros((size, size), np.bool_) if self.mask is None else self.mask.copy()
+        for row, column, positive in clicks:
+            if positive:
+                asked[row, column] = True
+        return asked
 
     def key(self) -> bytes:
         digest = hashlib.blake2b(repr(self.box).encode(), digest_size=16)
@@ -420,8 +442,10 @@ class Segmenter:
             else:
                 reference = before.reference(frame.size)
             reference = reference_mask.paint_clicks(reference, clicks[-1], self.config.click_radius)
-            found = self._decode(encoding, reference)
             made = [click for group in clicks for click in group]
+            found = self._decode(encoding, reference)
+            if self.config.island_share:
+                found = found.without_islands(self.config.island_share, start.asked(frame.size, made))
             evidence = _evidence(found, made, None if before is None else before.found, start, frame)
             return _State.after(reference, found, evidence)
 

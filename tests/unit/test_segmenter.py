@@ -29,7 +29,7 @@ from inter2former import (
 )
 from inter2former.config import tiny
 from inter2former.images import Frame, image_key
-from inter2former.nn.model import Inter2Former
+from inter2former.nn.model import Decoded, Inter2Former
 from inter2former.segmenter import STAGES, _keep_clicks
 
 Image = np.ndarray[Any, np.dtype[np.uint8]]
@@ -423,6 +423,49 @@ def test_clicked_pixels_end_on_their_side(clicked: list[tuple[int, int, bool]], 
     mask = np.array([[letter == "#" for letter in row] for row in start.split("/")])
     _keep_clicks(mask, clicked)
     assert "/".join("".join("#" if pixel else "." for pixel in row) for row in mask) == expected
+
+
+# -- islands ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def archipelago(monkeypatch: pytest.MonkeyPatch) -> Segmenter:
+    """Whatever the prompt, the network finds an object of 100 x 100 pixels and two islands of 20 x 20."""
+    model = make_tiny_model(dataclasses.replace(tiny(), island_share=0.1))
+    logits = torch.full((256, 256), -1.0)
+    logits[20:120, 20:120] = logits[200:220, 20:40] = logits[200:220, 200:220] = 1.0
+    found = Decoded(logits, (0, 0, 16, 16), torch.zeros(16, 16))
+    monkeypatch.setattr(model, "decode", lambda *_: found)
+    return Segmenter(model, model_size=256)
+
+
+def parts(result: Segmentation) -> list[bool]:
+    """Whether the object and each island is there as a whole; nothing else may be."""
+    places = [np.s_[20:120, 20:120], np.s_[200:220, 20:40], np.s_[200:220, 200:220]]
+    assert result.mask.sum() == sum(result.mask[place].sum() for place in places)
+    assert all(result.mask[place].all() == result.mask[place].any() for place in places)
+    assert ((result.logits() > 0) == result.mask).all()
+    return [bool(result.mask[place].all()) for place in places]
+
+
+def test_islands_that_nobody_clicked_are_left_out(archipelago: Segmenter) -> None:
+    image, object_, island = make_image(256, 256), Click(70, 70), Click(30, 210)
+    assert parts(archipelago.segment(image, [object_])) == [True, False, False]
+    assert parts(archipelago.segment(image, [object_, island])) == [True, True, False]
+    assert parts(archipelago.segment(image, [island])) == [True, True, False]
+    assert parts(archipelago.segment(image, box=Box(0, 0, 256, 256))) == [True, False, False]
+
+
+def test_islands_of_a_given_mask_stay(archipelago: Segmenter) -> None:
+    given = np.zeros((256, 256), bool)
+    given[205:215, 205:215] = True
+    result = archipelago.segment(make_image(256, 256), [Click(70, 70)], initial_mask=given)
+    assert parts(result) == [True, False, True]
+
+
+def test_islands_stay_where_the_configuration_keeps_them(archipelago: Segmenter) -> None:
+    archipelago.config = dataclasses.replace(archipelago.config, island_share=0.0)
+    assert parts(archipelago.segment(make_image(256, 256), [Click(70, 70)])) == [True, True, True]
 
 
 # -- R8: what is not finite never leaves -----------------------------------------------------------------------------
