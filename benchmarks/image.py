@@ -3,9 +3,10 @@
     python -m benchmarks.image --threads 2                                    # base at T = 1024: a few minutes
     python -m benchmarks.image --preset tiny --size 256 --layers 1 --runs 1   # does it run at all
 
-Rows: our encoder with the edge features (packed, as served), Canny and CannyNet alone, SAM ViT-B's encoder; then a
-session: encode once and click twenty times on an object of 10 %. Weights are random, contenders take turns. The small
-model's cold first mask and later click are given in clicks of SAM's decoder.
+Rows, in both precisions where the CPU multiplies bfloat16: our encoder with the edge features (packed, as served),
+Canny and CannyNet alone; SAM ViT-B's encoder; then a session: encode once and click twenty times on an object of 10 %.
+Weights are random, contenders take turns. The small model's cold first mask and later click are given in clicks of
+SAM's decoder.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from inter2former.nn.canny import canny
 from inter2former.nn.model import Inter2Former
 from inter2former.runtime import native
 from inter2former.runtime.decoder import FusedDecoder
+from inter2former.runtime.memory import keep_freed_memory
 from inter2former.runtime.packing import pack
 from inter2former.terminal import print_rows
 
@@ -63,7 +65,8 @@ def our_actions(preset: str, size: int, precision: native.Precision = "float32")
     image = frame.prepare(picture(size, 7))
     small = Frame(256, 256, 256, plain.config.input_convention).prepare(picture(256, 7))
     want = plain.encode(small).tokens[0].permute(1, 2, 0)
-    torch.testing.assert_close(packed.encode(small).tokens, want, atol=1e-3, rtol=1e-3)
+    off = (packed.encode(small).tokens - want).norm() / want.norm()
+    assert off < (1e-4 if precision == "float32" else 3e-2), f"the packed encoder is {off:.1g} off"
     encoding: Any = packed.encode(image)
     compiled = native.module()
     if compiled is None:
@@ -98,29 +101,46 @@ def main(
     """Time encoders and sessions and keep the ratios."""
     if clock not in ("wall", "cpu") or (clock == "cpu" and threads != 1):
         raise SystemExit("--clock is wall or cpu; cpu counts one thread only, so give --threads 1.")
+    keep_freed_memory()  # as servers do; all contenders live with it
     torch.set_num_threads(threads)
     cv2.setNumThreads(threads)
     native.set_threads(threads)
     now = time.perf_counter if clock == "wall" else time.thread_time
     sam_click = sam_vit_b()
-    once = {f"ours_{name}": action for name, action in our_actions(preset, size).items()}
-    seconds = medians({"sam_encode": sam_encoder(layers), "sam_click": sam_click, **once}, runs, now)
-    small = medians({"sam_click": sam_click, **our_actions("small" if preset == "base" else preset, size)}, runs, now)
+    auto = native.choose_precision("auto")
+    precisions: list[native.Precision] = ["float32"] if auto == "float32" else ["float32", auto]
 
-    session = seconds["ours_encode"] + CLICKS * seconds["ours_click"]
+    def all_of_ours(preset: str) -> dict[str, Action]:
+        return {
+            f"{precision}_{name}": action
+            for precision in precisions
+            for name, action in our_actions(preset, size, precision).items()
+        }
+
+    seconds = medians({"sam_encode": sam_encoder(layers), "sam_click": sam_click, **all_of_ours(preset)}, runs, now)
+    small = medians({"sam_click": sam_click, **all_of_ours("small" if preset == "base" else preset)}, runs, now)
+
     sam_session = seconds["sam_encode"] + CLICKS * seconds["sam_click"]
     summary = {
-        "session20_over_sam": round(session / sam_session, 3),
-        "encode_over_sam": round(seconds["ours_encode"] / seconds["sam_encode"], 3),
-        "small_cold_first_mask_in_sam_clicks": round((small["encode"] + small["first_click"]) / small["sam_click"], 2),
-        "small_click_in_sam_clicks": round(small["click"] / small["sam_click"], 2),
+        precision: {
+            "session20_over_sam": round(
+                (seconds[f"{precision}_encode"] + CLICKS * seconds[f"{precision}_click"]) / sam_session, 3
+            ),
+            "encode_over_sam": round(seconds[f"{precision}_encode"] / seconds["sam_encode"], 3),
+            "small_cold_first_mask_in_sam_clicks": round(
+                (small[f"{precision}_encode"] + small[f"{precision}_first_click"]) / small["sam_click"], 2
+            ),
+            "small_click_in_sam_clicks": round(small[f"{precision}_click"] / small["sam_click"], 2),
+        }
+        for precision in precisions
     }
     rows = [{"what": name, "median_ms": round(1000 * value, 2)} for name, value in seconds.items()]
     rows += [{"what": f"small_{name}", "median_ms": round(1000 * value, 2)} for name, value in small.items()]
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     print_rows(f"{preset}, T = {size}, {threads} threads, {clock} time, load {load}", rows)
-    for name, ratio in summary.items():
-        print(f"{name:40} {ratio}")
+    for precision, ratios in summary.items():
+        for name, ratio in ratios.items():
+            print(f"{precision:10} {name:40} {ratio}")
     result = {
         "clock": clock,
         "load": load,

@@ -27,6 +27,7 @@ from inter2former.files import write_atomically
 from inter2former.images import as_rgb
 from inter2former.prompts import Box, Click
 from inter2former.runtime import native
+from inter2former.runtime.memory import keep_freed_memory
 from inter2former.segmenter import ModelSize, Segmentation, load_segmenter
 from inter2former.terminal import print_rows, print_scores, score_progress
 
@@ -311,6 +312,7 @@ def _indented(content: dict[str, Any], depth: int = 0) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Expected errors become one sentence on standard error."""
+    keep_freed_memory()
     try:
         status = app(
             args=None if arguments is None else list(arguments), prog_name="inter2former", standalone_mode=False

@@ -30,6 +30,7 @@ from backends.common.http import BusyError, error_answer
 from backends.common.settings import Settings, load_settings
 from inter2former.errors import Inter2FormerError
 from inter2former.prompts import Click
+from inter2former.runtime.memory import keep_freed_memory
 from inter2former.segmenter import Segmenter, load_segmenter
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def warm_segmenter(settings: Settings) -> Segmenter:
     raises  CheckpointError, ConfigError, NumericError
     """
     began = time.perf_counter()
+    keep_freed_memory()
     segmenter = load_segmenter(
         settings.checkpoint,
         model_size=settings.model_size,

@@ -76,11 +76,12 @@ class Block(nn.Module):
         self.attn = Attention(dim, config.encoder_heads, config.window, shifted=index % 2 == 1)
         self.norm2 = nn.LayerNorm(dim)
         self.fc1 = nn.Linear(dim, config.mlp_ratio * dim)
+        self.gelu = nn.GELU()  # a module of its own, since a runtime may do it inside of fc1
         self.fc2 = nn.Linear(config.mlp_ratio * dim, dim)
 
     def forward(self, x: Tensor, grids: list[tuple[int, int]]) -> Tensor:
         x = x + self.attn(self.norm1(x), grids)
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + self.fc2(self.gelu(self.fc1(self.norm2(x))))
 
 
 class PatchStem(nn.Module):

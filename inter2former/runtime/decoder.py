@@ -77,7 +77,7 @@ class FusedDecoder:
         config = model.config
         self._span = config.position_span
         self._attention_dim = config.attention_dim
-        self._encode = model.encode
+        self._encode_batch = model.encode_batch
         self._kernels = [model.get_parameter(f"upsampling.stages.{index}.conv.weight") for index in range(4)]
         self._native = native.Decoder(_weights(model), _sizes(config), isa, precision)
 
@@ -102,7 +102,8 @@ class FusedDecoder:
 
     def encode(self, image: Tensor) -> CompactEncoding:
         """As Inter2Former.encode: image float32 [3, T, T]."""
-        return self.compact(self._encode(image))
+        with torch.inference_mode():
+            return self.compact(self._encode_batch(image.unsqueeze(0)))
 
     def click(
         self,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from inter2former.nn.encoder import ConvUnit
+from inter2former.nn.encoder import Block, ConvUnit
 from inter2former.nn.model import Inter2Former
 from inter2former.runtime import native
 from inter2former.runtime.decoder import FusedDecoder
@@ -26,20 +26,44 @@ from inter2former.runtime.rounding import with_rounded_products
 
 _LOG = logging.getLogger(__name__)
 _ROWS_HINT = 4096  # tokens at T = 1024; one packing serves every number of rows
+_TYPES: dict[native.Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class PackedLinear(nn.Module):
-    """Inference-only linear layer over oneDNN's packed weight; the plain weight is gone."""
+    """Inference-only linear layer over oneDNN's packed weight; the plain weight is gone.
 
-    def __init__(self, linear: nn.Linear) -> None:
+    precision  of the operands; sums are float32, and the result is, unless a layer of the same kind follows
+    gelu       also apply it, which costs nothing inside of the product
+    """
+
+    def __init__(self, linear: nn.Linear, precision: native.Precision = "float32", *, gelu: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), _ROWS_HINT)
-        self._bias = None if linear.bias is None else linear.bias.detach().clone()
+        self._type = _TYPES[precision]
+        weight = linear.weight.detach().to(self._type).contiguous()
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
+        self._bias = None if linear.bias is None else linear.bias.detach().to(self._type, copy=True)
+        self._gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        """x float32 [..., in] -> [..., out]."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        """x [..., in] -> float32 [..., out]; with GELU as precise as the operands."""
+        finish, algorithm = ("gelu", "none") if self._gelu else ("none", "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x.to(self._type), self._packed, self._bias, finish, [], algorithm
+        )
+        return out if self._gelu else out.float()
+
+
+class RoundedConv(nn.Module):
+    """Convolution with operands and result in bfloat16, channels last."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self._conv = conv.to(torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, c, H, W] of any precision -> bfloat16 [B, d, ...]."""
+        out: Tensor = self._conv(x.to(torch.bfloat16))
         return out
 
 
@@ -55,9 +79,9 @@ class MapNorm(nn.Module):
         self.weight, self.bias, self.eps = norm.weight.double(), norm.bias.double(), norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """x float32 [B, C, H, W], any layout -> the same shape, channels last."""
+        """x [B, C, H, W], any layout and precision -> float32, the same shape, channels last."""
         B, C, H, W = x.shape
-        rows = x.permute(0, 2, 3, 1).reshape(B, H, W * C)
+        rows = x.float().permute(0, 2, 3, 1).reshape(B, H, W * C)
         mean = rows.sum(2).double().sum(1) / (C * H * W)
         square = torch.linalg.vector_norm(rows, dim=2).double().square().sum(1) / (C * H * W)
         scale = self.weight * ((square - mean.square()).clamp_min(0) + self.eps).rsqrt()[:, None]  # [B, C]
@@ -87,7 +111,7 @@ def packed_linear_works() -> bool:
 def pack(model: Inter2Former, precision: native.Precision = "float32") -> Inter2Former:
     """Change the model in place and return it; evaluation mode, CPU, float32. It cannot be trained or saved after.
 
-    precision   of the operands of the decoder's large products, see rounding.py
+    precision   of the operands of convolutions and large products; for those of a click see rounding.py
     """
     model.eval().requires_grad_(False)
     compiled = native.module()
@@ -106,8 +130,16 @@ def pack(model: Inter2Former, precision: native.Precision = "float32") -> Inter2
             fused = FusedDecoder(model, compiled, precision=precision)
             model.encode, model.decode = fused.encode, fused.decode  # type: ignore[method-assign, assignment]
         if packed_linear_works():
-            everywhere = compiled is None and precision == "float32"
-            _replace(model if everywhere else model.encoder, nn.Linear, PackedLinear)
+            for block in model.encoder.modules():
+                if isinstance(block, Block):
+                    block.fc1 = PackedLinear(block.fc1, precision, gelu=True)  # type: ignore[assignment]
+                    block.gelu = nn.Identity()  # type: ignore[assignment]
+            _replace(model.encoder, nn.Linear, functools.partial(PackedLinear, precision=precision))
+            if compiled is None and precision == "float32":
+                _replace(model, nn.Linear, PackedLinear)
+        if precision == "bfloat16":
+            for part in (model.encoder, model.canny_net, model.skips):
+                _replace(part, nn.Conv2d, RoundedConv)
     return model
 
 

@@ -47,6 +47,18 @@ def test_packed_equals_plain(changes: dict[str, object]) -> None:
         state = reference_mask.paint_clicks(state, [(30, 200, False)], 5)
 
 
+def test_an_encoder_in_bfloat16_stays_near_the_plain_one() -> None:
+    """Operands have eight bits; sums, norms and the residual stream are float32."""
+    plain = trained_looking()
+    packed = packing.pack(copy.deepcopy(plain), "bfloat16")
+    image = torch.randn(1, 3, 256, 256)
+    with torch.inference_mode():
+        one, two = plain.encode_batch(image), packed.encode_batch(image)
+    for want, found in zip([one.tokens, *one.edges], [two.tokens, *two.edges], strict=True):
+        assert found.dtype == torch.float32
+        assert 0 < (found - want).norm() / want.norm() < 0.02
+
+
 def test_a_packed_linear_gives_a_row_the_same_bits_in_any_batch() -> None:
     """The plain product does not: its kernel changes with the number of rows."""
     if not packing.packed_linear_works():
