@@ -61,7 +61,7 @@ class DrawConfig:
     union: float = 0.12  # touching regions together: both granularities must be reachable
     minus: float = 0.06  # object without a part: holes, garments
     complement: float = 0.05  # background as the target
-    whole: float = 0.2  # whole photos, as at inference
+    whole: float = 0.35  # whole photos, as at inference
     relative: tuple[float, float] = (0.06, 1.15)  # longer side of the object by side of the view, log-uniform
     scale: tuple[float, float] = (0.35, 4.0)  # output pixels a photo pixel; up-scaled inputs are what large T shows
 

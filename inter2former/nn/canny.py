@@ -90,7 +90,8 @@ class CannyNet(nn.Module):
         self.with_image = config.stem == "conv"  # a model without pretrained tokens also looks at the colours here
         self.conv1 = nn.Conv2d(8 if self.with_image else 5, widths[0], 3, 1, 1)
         self.stages = nn.ModuleList(
-            nn.Sequential(*(ResidualBlock(width) for _ in range(config.edge_blocks))) for width in widths
+            nn.Sequential(*(ResidualBlock(width) for _ in range(n)))
+            for width, n in zip(widths, config.edge_blocks, strict=True)
         )
         self.downs = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in itertools.pairwise(widths))
         self.laterals = nn.ModuleList(nn.Conv2d(width, width, 1) for width in widths)
