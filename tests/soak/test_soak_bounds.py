@@ -146,9 +146,12 @@ print(json.dumps({"one": one, "many": many, "torch": torch.get_num_threads(), "o
 
 
 def test_r13_threads_follow_the_setting(tiny_checkpoint: Path, note: Note) -> None:
-    """R13: native threads that are started for THREADS = 1, 2, 4, with one caller and with sixteen at once. PyTorch
-    and the native module have a team each, of that size with the thread that asks, OpenCV one of that size and without
-    it; callers add none."""
+    """R13: native threads that are started for THREADS = 1, 2, 4, with one caller and with sixteen at once. PyTorch's
+    OpenMP, the native module and OpenCV have a team each, of that size with the thread that asks. PyTorch starts as
+    many for the pool of QNNPACK and XNNPACK, which nothing here uses: they sleep from `set_num_threads` on. Callers
+    add none. Reading larger weights than these starts one more team of OpenMP, the loading thread's, which sleeps from
+    then on.
+    """
     for count in (1, 2, 4):
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
         environment.pop("OMP_NUM_THREADS", None)
@@ -161,7 +164,7 @@ def test_r13_threads_follow_the_setting(tiny_checkpoint: Path, note: Note) -> No
         assert found["torch"] == count
         assert found["opencv"] in (count, 0 if count == 1 else count)
         assert found["many"] <= found["one"]
-        assert found["one"] <= (3 * count - 2 if count > 1 else 0)
+        assert found["one"] <= 4 * (count - 1)
 
 
 def test_r14_clients_that_go_away(
