@@ -116,7 +116,7 @@ def ours(decoder: FusedDecoder, encoding: Any, frame: Frame, reference: Referenc
         prediction = np.zeros(state.shape, np.bool_)
         np.greater(inside, 0, out=prediction[top:bottom, left:right])
         native.apply_prediction(state, prediction)
-        return prediction if frame.height == frame.size else frame.mask_from_logits(torch.from_numpy(inside))
+        return prediction if frame.height == frame.size else frame.mask_from_logits(torch.from_numpy(inside), box)
 
     return click
 

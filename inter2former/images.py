@@ -31,6 +31,7 @@ UInt8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 
 MAX_PIXELS = 100_000_000
+OUTSIDE = -100.0  # logit outside the box that is upsampled, as in the release
 
 # Statistics of ImageNet in 0..255, in RGB order for "fit"; the release applies the same three numbers to B, G, R.
 MEAN = (123.675, 116.28, 103.53)
@@ -406,47 +407,53 @@ class Frame:
 
     def logits_to_image(self, logits: torch.Tensor) -> torch.Tensor:
         """float32 [T, T] to float32 [H, W], bilinear."""
-        self._check_logits(logits)
+        self._check_logits(logits, (self.size, self.size))
         along_y, along_x = self._back
         return _lerp(_lerp(logits, 0, along_y), 1, along_x)
 
     def mask_from_logits(self, logits: torch.Tensor, box: tuple[int, int, int, int] | None = None) -> Bool:
         """bool [H, W], equal to `logits_to_image(logits) > 0`, but much cheaper.
 
-        `box` (left, top, right, bottom) in tokens promises that the logits are negative outside its pixels. Between
-        four logits of one sign the sign is known, so only the pixels along the outline are interpolated.
+        With a `box` (left, top, right, bottom; in tokens) `logits` are those of its pixels, float32 [16 h, 16 w];
+        they are OUTSIDE everywhere else. Between four logits of one sign the sign is known, so only the pixels along
+        the outline are interpolated.
         """
-        self._check_logits(logits)
-        mask = np.zeros((self.height, self.width), np.bool_)
         left, top, right, bottom = (16 * side for side in box) if box else (0, 0, self.size, self.size)
+        self._check_logits(logits, (bottom - top, right - left))
+        mask = np.zeros((self.height, self.width), np.bool_)
         rows, along_y = _between(self._back[0], top, bottom)
         columns, along_x = _between(self._back[1], left, right)
         if rows.start == rows.stop or columns.start == columns.stop:
             return mask
         values = logits.numpy()
         # One cell for each pair of neighbouring model rows and columns that meet in the part.
-        y0, x0 = int(along_y.first[0]), int(along_x.first[0])
-        positive = values[y0 : int(along_y.second[-1]) + 1, x0 : int(along_x.second[-1]) + 1] > 0
-        neighbour = np.pad(positive, ((0, 1), (0, 1)), mode="edge")
-        corners = (
-            positive.view(np.uint8)
-            + neighbour[1:, :-1].view(np.uint8)
-            + neighbour[:-1, 1:].view(np.uint8)
-            + neighbour[1:, 1:].view(np.uint8)
+        y0, y1 = int(along_y.first[0]), int(along_y.second[-1]) + 1
+        x0, x1 = int(along_x.first[0]), int(along_x.second[-1]) + 1
+        above, below = max(y0, top), min(y1, bottom)
+        before, behind = max(x0, left), min(x1, right)
+        positive = np.zeros((y1 - y0, x1 - x0), np.uint8)
+        positive[above - y0 : below - y0, before - x0 : behind - x0] = (
+            values[above - top : below - top, before - left : behind - left] > 0
         )
+        pairs = positive.copy()
+        pairs[:-1] += positive[1:]
+        pairs[-1] += positive[-1]
+        corners = pairs.copy()
+        corners[:, :-1] += pairs[:, 1:]
+        corners[:, -1] += pairs[:, -1]
         spread = corners[:, along_x.first - x0][along_y.first - y0]
         spread -= 1
         part = spread == 3
         at = np.flatnonzero(spread < 3)  # one to three positive corners; none has become 255
         at_y, at_x = np.divmod(at, part.shape[1])
-        part.reshape(-1)[at] = _bilinear_at(values, along_y, along_x, at_y, at_x) > 0
+        part.reshape(-1)[at] = _bilinear_at(values, (top, left), along_y, along_x, at_y, at_x) > 0
         mask[rows, columns] = part
         return mask
 
-    def _check_logits(self, logits: torch.Tensor) -> None:
-        if logits.shape != (self.size, self.size) or logits.dtype != torch.float32:
+    def _check_logits(self, logits: torch.Tensor, shape_hw: tuple[int, int]) -> None:
+        if logits.shape != shape_hw or logits.dtype != torch.float32:
             raise ConfigError(
-                f"Logits are {logits.dtype} {list(logits.shape)}, expected torch.float32 {[self.size, self.size]}."
+                f"Logits are {logits.dtype} {list(logits.shape)}, expected torch.float32 {list(shape_hw)}."
             )
 
 
@@ -465,19 +472,31 @@ def _between(axis: _Axis, start: int, stop: int) -> tuple[slice, _Axis]:
 
 def _bilinear_at(
     values: npt.NDArray[np.float32],
+    origin: tuple[int, int],
     along_y: _Axis,
     along_x: _Axis,
     at_y: npt.NDArray[np.intp],
     at_x: npt.NDArray[np.intp],
 ) -> npt.NDArray[np.float32]:
-    """Single outputs of the two `_lerp` in `Frame.logits_to_image`, in the same order and thus with the same bits."""
+    """Single outputs of the two `_lerp` in `Frame.logits_to_image`, in the same order and thus with the same bits.
+
+    `values` are the logits from `origin` (row, column) on; OUTSIDE beyond.
+    """
+
+    def look(rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
+        rows, columns = rows - origin[0], columns - origin[1]
+        here = (rows >= 0) & (rows < values.shape[0]) & (columns >= 0) & (columns < values.shape[1])
+        found = np.full(len(rows), OUTSIDE, np.float32)
+        found[here] = values[rows[here], columns[here]]
+        return found
+
     first_y, second_y, weight_y = along_y.first[at_y], along_y.second[at_y], along_y.weight[at_y]
     first_x, second_x, weight_x = along_x.first[at_x], along_x.second[at_x], along_x.weight[at_x]
     one = np.float32(1)
-    before = values[first_y, first_x] * (one - weight_y) + values[second_y, first_x] * weight_y
-    after = values[first_y, second_x] * (one - weight_y) + values[second_y, second_x] * weight_y
+    before = look(first_y, first_x) * (one - weight_y) + look(second_y, first_x) * weight_y
+    after = look(first_y, second_x) * (one - weight_y) + look(second_y, second_x) * weight_y
     out: npt.NDArray[np.float32] = before * (one - weight_x) + after * weight_x
     return out
 
 
-__all__ = ["MAX_PIXELS", "Frame", "as_rgb", "choose_size", "decode_image", "image_key", "open_upright"]
+__all__ = ["MAX_PIXELS", "OUTSIDE", "Frame", "as_rgb", "choose_size", "decode_image", "image_key", "open_upright"]

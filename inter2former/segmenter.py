@@ -37,7 +37,7 @@ import torch
 from inter2former import reference_mask, score
 from inter2former.checkpoints import STARTER, load_checkpoint
 from inter2former.errors import ConfigError, Inter2FormerError, NumericError, PromptError
-from inter2former.images import MAX_PIXELS, Frame, as_rgb, choose_size, image_key
+from inter2former.images import MAX_PIXELS, OUTSIDE, Frame, as_rgb, choose_size, image_key
 from inter2former.nn.layers import rope_tables
 from inter2former.nn.model import ImageEncoding, Inter2Former
 from inter2former.prompts import Box, Click, check_clicks
@@ -59,7 +59,6 @@ SIZE_STEP, MIN_SIZE, MAX_SIZE = 256, 256, 4096
 STAGES = ("decode_image", "prepare", "encode", "click", "resize")
 
 _TOKEN = 16  # model pixels a token side
-_OUTSIDE = -100.0  # logit outside the box, as in the release
 _KEPT = 0.01  # size of the logit of a pixel that a click moved to the other side: as undecided as it can be
 
 
@@ -118,7 +117,7 @@ class Segmentation:
     def logits(self) -> Float32:
         """float32 [H, W] in the image; `logits() > 0` equals `mask`. Made on demand: 4 bytes a pixel."""
         if self._found is None:
-            return np.full(self.mask.shape, _OUTSIDE, np.float32)
+            return np.full(self.mask.shape, OUTSIDE, np.float32)
         logits = self._frame.logits_to_image(self._found.logits(self._frame.size)).numpy()
         moved = (logits > 0) != self.mask
         logits[moved] = np.where(self.mask[moved], np.float32(_KEPT), np.float32(-_KEPT))
@@ -134,7 +133,7 @@ class _Found:
 
     def logits(self, size: int) -> torch.Tensor:
         """float32 [T, T]."""
-        logits = np.full((size, size), _OUTSIDE, np.float32)
+        logits = np.full((size, size), OUTSIDE, np.float32)
         logits[self.pixels] = self.inside
         return torch.from_numpy(logits)
 
@@ -149,7 +148,11 @@ class _Found:
         dropped = area < share * area[1:].max()
         dropped[part[asked[self.pixels] & inside]] = False
         dropped[0] = False
-        return _Found(np.where(dropped[part], -self.inside, self.inside), self.box) if dropped.any() else self
+        if not dropped.any():
+            return self
+        logits = self.inside.copy()
+        np.negative(logits, out=logits, where=dropped[part])
+        return _Found(logits, self.box)
 
     @property
     def pixels(self) -> tuple[slice, slice]:
@@ -157,9 +160,14 @@ class _Found:
         left, top, right, bottom = (_TOKEN * side for side in self.box)
         return slice(top, bottom), slice(left, right)
 
+    def within(self, valid: tuple[int, int]) -> Float32:
+        """The logits of the box's pixels that show the image."""
+        rows, columns = self.pixels
+        return self.inside[: max(valid[0] - rows.start, 0), : max(valid[1] - columns.start, 0)]
+
     def shown(self, valid: tuple[int, int], step: int = 1) -> Float32:
         """Logits of every `step`-th of the first `valid` rows and columns, float32 [ceil(rows / step), ...]."""
-        shown = np.full([-(-side // step) for side in valid], _OUTSIDE, np.float32)
+        shown = np.full([-(-side // step) for side in valid], OUTSIDE, np.float32)
         rows, columns = self.pixels
         inside = self.inside[-rows.start % step :: step, -columns.start % step :: step]
         part = shown[-(-rows.start // step) :, -(-columns.start // step) :][: inside.shape[0], : inside.shape[1]]
@@ -388,7 +396,7 @@ class Segmenter:
             if found is None:
                 mask = np.zeros((info.height, info.width), np.bool_)
             else:
-                mask = frame.mask_from_logits(found.logits(frame.size), found.box)
+                mask = frame.mask_from_logits(torch.from_numpy(found.inside), found.box)
             _keep_clicks(mask, clicked)
             mask.flags.writeable = False
         return Segmentation(
@@ -408,7 +416,7 @@ class Segmenter:
         if state is None:
             return 0.0
         if not self.config.score_weights:
-            return score.promise(state.found.shown(frame.valid))
+            return score.promise(state.found.within(frame.valid))
         return 0.0 if state.evidence is None else score.predict(state.evidence, self.config.score_weights)
 
     def _run(

@@ -498,6 +498,7 @@ def test_r5_a_coloured_pixel_is_seen_where_the_click_on_it_goes() -> None:
         (lambda: Frame(5, 6, 256).mask_to_model(np.zeros((5, 6), np.uint8)), PromptError, "uint8"),  # type: ignore[arg-type]
         (lambda: Frame(5, 6, 256).logits_to_image(torch.zeros(5, 6)), ConfigError, r"\[5, 6\]"),
         (lambda: Frame(5, 6, 256).mask_from_logits(torch.zeros(256, 256).double()), ConfigError, "float64"),
+        (lambda: Frame(5, 6, 256).mask_from_logits(torch.zeros(256, 256), (0, 1, 2, 3)), ConfigError, r"\[32, 32\]"),
     ],
 )
 def test_frames_refuse_what_does_not_fit(
