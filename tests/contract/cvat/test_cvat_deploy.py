@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import pytest
 import yaml
 
 from backends.common.settings import Settings
@@ -10,6 +11,7 @@ from backends.cvat_nuclio import contract
 
 ROOT = pathlib.Path(__file__).parents[3]
 FILES = sorted((ROOT / "deploy" / "cvat").glob("*.yaml"))
+FUNCTIONS = pathlib.Path(contract.__file__).parent
 
 
 def load(name):
@@ -19,14 +21,14 @@ def load(name):
 def test_every_setting_in_them_exists():
     assert len(FILES) == 4
     known = {f"I2F_{name.upper()}" for name in Settings.model_fields} | {"I2F_CVAT_URL", "I2F_MEMORY"}  # of compose
-    for path in [*FILES, *pathlib.Path(contract.__file__).parent.glob("*.yaml")]:
+    for path in [*FILES, *FUNCTIONS.glob("*.yaml")]:
         named = set(re.findall(r"I2F_[A-Z_]+", path.read_text()))
         assert named <= known, path.name
 
 
 def test_the_function_for_kubernetes_differs_in_workers_env_and_resources_alone():
     (function,) = load("function-kubernetes.yaml")
-    image = yaml.safe_load((pathlib.Path(contract.__file__).parent / "function-image.yaml").read_text())
+    image = yaml.safe_load((FUNCTIONS / "function-image.yaml").read_text())
     assert function["metadata"] == image["metadata"]
     ours, other = function["spec"], image["spec"]
     for spec in (ours, other):
@@ -61,3 +63,15 @@ def test_nothing_runs_as_root_or_writes():
         assert compose["services"][service]["read_only"] is True
         assert compose["services"][service]["cap_drop"] == ["ALL"]
         assert "ports" not in compose["services"][service]  # CVAT cannot log in
+
+
+@pytest.mark.parametrize(
+    "path", [*FUNCTIONS.glob("*.yaml"), *FILES[0].parent.glob("function-*.yaml")], ids=lambda p: p.stem
+)
+def test_nuclio_may_install_its_own_packages_and_the_function_is_not_root(path):
+    """Nuclio's builder runs its pip after every directive of ours, as the user that they leave."""
+    spec = yaml.safe_load(path.read_text())["spec"]
+    directives = [one for kind in spec["build"].get("directives", {}).values() for one in kind]
+    assert [one["value"] for one in directives if one["kind"] == "USER"] == ["root"] * ("baseImage" in spec["build"])
+    assert spec["securityContext"] == {"runAsUser": 10001, "runAsGroup": 10001}
+    assert "--uid 10001 " in (ROOT / "deploy" / "Dockerfile").read_text()
