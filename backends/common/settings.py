@@ -176,13 +176,13 @@ class Settings(BaseSettings):
     @field_validator("label_studio_url", "cvat_url")
     @classmethod
     def _is_address(cls, value: str | None) -> str | None:
-        return None if value is None else _address(value)
+        return None if value is None else http_address(value)
 
     @field_validator("cvat_servers", mode="before")
     @classmethod
     def _are_addresses(cls, value: Any) -> tuple[str, ...]:
         parts = value.split(",") if isinstance(value, str) else value
-        return tuple(_address(part.strip()) for part in parts)
+        return tuple(http_address(part.strip()) for part in parts)
 
     @field_validator("label_studio_api_key", "cvat_access_token")
     @classmethod
@@ -207,7 +207,7 @@ def load_settings() -> Settings:
     raise ConfigError("\n".join([count, *lines]))  # outside of the except: no traceback of the checker's own
 
 
-def _address(value: str) -> str:
+def http_address(value: str) -> str:
     """An http(s) address without a slash at its end; ValueError for anything else."""
     parts = urlsplit(value)
     _ = parts.port  # raises ValueError when it is none

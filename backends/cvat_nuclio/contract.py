@@ -86,6 +86,19 @@ def parse(body: object) -> Request:
     return Request(text, positive, negative, corners, n_boxes, null_box)
 
 
+def body_of(request: Request) -> bytes:
+    """The request as CVAT's server would send it: for passing on what came in another form."""
+    x1, y1, x2, y2 = request.corners or (0.0,) * 4
+    return dump(
+        {
+            "image": request.image_base64.decode("ascii"),
+            "pos_points": request.positive,
+            "neg_points": request.negative,
+            "obj_bbox": None if request.null_box else [[x1, y1], [x2, y2]] * request.n_boxes,
+        }
+    )
+
+
 def image_bytes(request: Request) -> bytes:
     """The image file inside the request; ImageError when the text is not base64."""
     try:
@@ -159,6 +172,21 @@ def answer(mask: Mask, form: ResponseForm) -> bytes:
 def dump(value: object) -> bytes:
     """Strict compact JSON: a value that is no JSON raises here instead of reaching the page as text."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+
+
+def annotations_of(entry: object) -> dict[str, str]:
+    """The annotations of a function in a dashboard's list. RequestError where CVAT's server stumbles over the entry."""
+    try:
+        annotations: dict[str, str] = entry["metadata"]["annotations"]  # type: ignore[index]
+        _ = entry["metadata"]["name"], entry["spec"]["description"], entry["status"].get("httpPort")  # type: ignore[index]
+        json.loads(annotations.get("spec") or "[]")
+    except (KeyError, TypeError, AttributeError) as missing:
+        raise RequestError(f"without {missing}") from None
+    except ValueError:
+        raise RequestError("its spec is not JSON") from None
+    if not all(isinstance(value, str) for value in annotations.values()):
+        raise RequestError("annotations have to be text")
+    return annotations
 
 
 def _mask_json(mask: Mask) -> bytes:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 
-from backends.common.http import FetchError
+from backends.common.http import FetchError, RequestError
 from backends.common.settings import Settings, load_settings
 from backends.cvat_nuclio import contract
 from backends.cvat_nuclio.server_version import SHAPES_SINCE, about
@@ -90,8 +90,8 @@ def _check_listing(client: httpx.Client, listing: Any) -> Iterator[Finding]:
     broken = []
     for name, entry in listing.items() if isinstance(listing, dict) else ():
         try:
-            _as_cvat_reads(entry)
-        except _Wrong as wrong:
+            contract.annotations_of(entry)
+        except RequestError as wrong:
             broken.append(f"{name}: {wrong}")
     if not isinstance(listing, dict):
         yield Finding("functions", False, "the list is no object {name: function}", "is this a nuclio dashboard?")
@@ -106,7 +106,7 @@ def _check_listing(client: httpx.Client, listing: Any) -> Iterator[Finding]:
             "deploy it (nuctl deploy, see docs/cvat.md), or start the gateway and give this dashboard as --upstream",
         )  # fmt: skip
     else:
-        read = _as_cvat_reads(listing[NAME])
+        read = contract.annotations_of(listing[NAME])
         wanted = {"type": "interactor", "version": "2", "min_pos_points": "0", "min_neg_points": "0"}
         differs = {key: read.get(key) for key, value in wanted.items() if read.get(key) != value}
         one = client.get(f"/api/functions/{NAME}")
@@ -116,21 +116,6 @@ def _check_listing(client: httpx.Client, listing: Any) -> Iterator[Finding]:
             yield Finding("functions", False, "single functions are not answered as a dashboard does", "update it")
         else:
             yield Finding("functions", True, f"{NAME} among {len(listing)}")
-
-
-def _as_cvat_reads(entry: Any) -> dict[str, str]:
-    """The annotations, where CVAT's server can read the entry."""
-    try:
-        annotations: dict[str, str] = entry["metadata"]["annotations"]
-        _ = entry["metadata"]["name"], entry["spec"]["description"], entry["status"].get("httpPort")
-        json.loads(annotations.get("spec") or "[]")
-    except (KeyError, TypeError, AttributeError) as missing:
-        raise _Wrong(f"without {missing}") from None
-    except ValueError:
-        raise _Wrong("its spec is not JSON") from None
-    if not all(isinstance(value, str) for value in annotations.values()):
-        raise _Wrong("annotations have to be text")
-    return annotations
 
 
 def _check_clicks(client: httpx.Client, invoke: Callable[[bytes], httpx.Response]) -> Iterator[Finding]:
@@ -318,7 +303,7 @@ def _check_task(client: httpx.Client, task: int, frame: int) -> Finding:
 def findings(options: argparse.Namespace, settings: Settings) -> Iterator[Finding]:
     """Every line, in the order of looking."""
     form = None
-    for finding in check_server(options.server):
+    for finding in _to_the_end("server", check_server(options.server)):
         form = next((name for name in ("mask", "shapes") if f"answer as {name}" in finding.text), form)
         yield finding
     cvat = (options.cvat or settings.cvat_url or "").rstrip("/")
@@ -326,7 +311,16 @@ def findings(options: argparse.Namespace, settings: Settings) -> Iterator[Findin
         yield Finding("CVAT", None, "not looked at: give --cvat or CVAT_URL")
         return
     token = settings.cvat_access_token
-    yield from check_cvat(cvat, token.get_secret_value() if token else None, options.task, options.frame, form=form)
+    secret = token.get_secret_value() if token else None
+    yield from _to_the_end("CVAT", check_cvat(cvat, secret, options.task, options.frame, form=form))
+
+
+def _to_the_end(name: str, looked: Iterator[Finding]) -> Iterator[Finding]:
+    """The findings; an answer that never came, or is no HTTP or JSON, is one more."""
+    try:
+        yield from looked
+    except (httpx.HTTPError, ValueError) as problem:
+        yield Finding(name, False, f"no whole answer came ({type(problem).__name__})", "look at its log; is it busy?")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,6 +13,7 @@ sentence that explains goes into the reason phrase. CVAT does not log in: bind t
 
 from __future__ import annotations
 
+import argparse
 import logging
 import pathlib
 import sys
@@ -22,9 +23,10 @@ import flask
 import httpx
 import yaml
 
-from backends.common.http import BusyError
+from backends.common.http import BusyError, RequestError
 from backends.common.server import Admission, serve
-from backends.common.settings import Settings
+from backends.common.settings import Settings, http_address
+from backends.cvat_nuclio import contract
 from backends.cvat_nuclio.main import shared_interactor
 from backends.cvat_nuclio.replicas import Replicas
 from backends.cvat_nuclio.serve import PLACES, arguments, limit_body, to_flask
@@ -57,17 +59,27 @@ class Upstream:
     """A real nuclio dashboard behind the gateway, for the functions that are not ours."""
 
     def __init__(self, url: str, *, timeout_s: float = UPSTREAM_TIMEOUT_S) -> None:
-        self._client = httpx.Client(base_url=url, timeout=httpx.Timeout(timeout_s, connect=3.0))
+        self._client = httpx.Client(base_url=url, timeout=httpx.Timeout(timeout_s, connect=3.0), trust_env=False)
 
     def functions(self) -> dict[str, Any]:
-        """Its functions by name; none, and a line in the log, when it does not answer: ours must stay usable."""
+        """Its functions by name, without those that CVAT stumbles over, such as half deployed ones: its models page
+        would be an error as a whole. None, and a line in the log, when it does not answer: ours must stay usable."""
         try:
             response = self._client.get("/api/functions", headers=_passed_on())
             listing = response.raise_for_status().json()
         except (httpx.HTTPError, ValueError) as problem:
             log.warning("the upstream dashboard gave no list of functions: %s", type(problem).__name__)
             return {}
-        return listing if isinstance(listing, dict) else {}
+        if not isinstance(listing, dict):
+            return {}
+        whole = {}
+        for name, entry in listing.items():
+            try:
+                contract.annotations_of(entry)
+                whole[name] = entry
+            except RequestError as wrong:
+                log.warning("CVAT cannot read the function %s of the upstream dashboard: %s", name[:60], wrong)
+        return whole
 
     def forward(self) -> flask.Response:
         """The current request, answered by the upstream dashboard."""
@@ -156,12 +168,20 @@ def _passed_on() -> dict[str, str]:
     return headers
 
 
+def _address(text: str) -> str:
+    try:
+        return http_address(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no address such as http://one:8080") from None
+
+
 def main() -> int:
     parser = arguments("A gateway that plays the nuclio dashboard for a CVAT server.", 8070)
-    parser.add_argument("--upstream", help="address of a real nuclio dashboard for all other functions")
+    parser.add_argument("--upstream", type=_address, help="address of a real nuclio dashboard for all other functions")
     parser.add_argument(
-        "--replica", action="append", default=[], metavar="ADDRESS", help="a server that computes; may be repeated"
-    )
+        "--replica", type=_address, action="append", default=[], metavar="ADDRESS",
+        help="a server that computes; may be repeated",
+    )  # fmt: skip
     options = parser.parse_args()
 
     def create(_: Settings) -> flask.Flask:

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from werkzeug.http import parse_accept_header
+
 from backends.common.log import configure
 from backends.common.server import warm_segmenter
 from backends.common.settings import Settings, load_settings
@@ -81,7 +83,7 @@ def handler(context: Any, event: Any) -> Any:
     else:
         reply = interactor.answer(
             event.body,
-            accepts_gzip="gzip" in headers.get("accept-encoding", ""),
+            accepts_gzip=parse_accept_header(headers.get("accept-encoding", "")).quality("gzip") > 0,
             request_id=headers.get("x-request-id"),
         )
     # bytes travel to nuclio's processor as base64, a third larger; JSON is text

@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
@@ -39,7 +40,9 @@ class Replicas:
         self.addresses = tuple(dict.fromkeys(address.rstrip("/") for address in addresses))
         self.metrics = Metrics("cvat_gateway")
         self._client = httpx.Client(
-            timeout=httpx.Timeout(answer_s, connect=CONNECT_S), limits=httpx.Limits(max_connections=None)
+            timeout=httpx.Timeout(answer_s, connect=CONNECT_S),
+            limits=httpx.Limits(max_connections=None),
+            trust_env=False,  # no proxy sees images, and none stands between machines of one network
         )
         self._away_s = away_s
         self._away: dict[str, float] = {}  # address: when to try it again
@@ -55,10 +58,10 @@ class Replicas:
     def answer(self, body: object, *, accepts_gzip: bool = False, request_id: str | None = None) -> Reply:
         """The answer of the first replica that can be reached. Never raises."""
         try:
-            digest = contract.parse(body).image_digest
-            data = body if isinstance(body, bytes) else body.encode() if isinstance(body, str) else contract.dump(body)
+            request = contract.parse(body)
+            data = body if isinstance(body, bytes) else contract.body_of(request)
             with self.metrics.queue.track_inprogress():
-                reply = self._ask(digest, data, accepts_gzip, new_request_id(request_id))
+                reply = self._ask(request.image_digest, data, accepts_gzip, new_request_id(request_id))
         except Exception as error:
             reply = failed(error)
         self.metrics.request("click", reply.status)
@@ -96,7 +99,8 @@ class Replicas:
 
     def health(self) -> Reply:
         """Up as long as one replica is."""
-        states = {address: self._state(address) for address in self.addresses}
+        with ThreadPoolExecutor(max(1, len(self.addresses))) as pool:  # some may take CONNECT_S to be found away
+            states = dict(zip(self.addresses, pool.map(self._state, self.addresses), strict=True))
         up = "UP" in states.values()
         return Reply(
             200 if up else 503, contract.dump({"status": "UP" if up else "DOWN", "replicas": states}),

@@ -81,6 +81,15 @@ def test_a_server_that_is_away(capsys):
     assert "fix: start it: python -m backends.cvat_nuclio.gateway" in said
 
 
+def test_a_server_that_gives_no_whole_answer(capsys):
+    app = flask.Flask("broken")
+    app.add_url_rule("/api/functions", view_func=lambda: flask.Response("{", content_type="application/json"))
+    with running(app) as url:
+        status, said = look(capsys, "--server", url)
+    assert status == 1
+    assert "FAIL server: no whole answer came" in said
+
+
 @pytest.mark.parametrize(
     ("listing", "text"),
     [

@@ -217,6 +217,54 @@ def test_workers_of_nuclio_that_ask_servers_share_one_encode(pair, monkeypatch, 
     assert worker.post("/", data=b'{"image": "QQ=="}').status_code == 400
 
 
+def test_c14_r26_a_body_of_any_kind_goes_to_the_servers_as_the_same_request(pair, caplog):
+    interactors, addresses = pair
+    fields = json.loads(body(picture(0), [(48, 48)], [(5, 5.5)]))
+    replicas = Replicas(addresses)
+    for box in ([], None, [[10, 10], [80, 80]], [80, 80, 10, 10], [[10, 10], [80, 80], [1, 1], [2, 2]]):
+        asked = {**fields, "obj_bbox": box}
+        expected = interactors[0].answer(asked).body
+        for variant in (
+            asked,
+            json.dumps(asked),
+            bytearray(json.dumps(asked).encode()),
+            {**asked, "threshold": float("nan"), "job": {1, 2}},  # what nobody reads may be anything
+            json.dumps(asked)[:-1] + ', "note": "\ud800"}',
+            {**asked, "image": "data:image/png;base64," + asked["image"]},
+        ):
+            reply = replicas.answer(variant)
+            assert (reply.status, reply.body) == (200, expected)
+    assert contract.parse(contract.body_of(contract.parse(asked))) == contract.parse(asked)
+    assert "2 boxes" in caplog.text
+
+
+def test_health_of_many_replicas_takes_no_longer_than_of_one(pair, monkeypatch):
+    _, addresses = pair
+    replicas = Replicas([*addresses, "http://a:1", "http://b:1"])
+    together = threading.Barrier(4)
+
+    def state(address):
+        together.wait(30)  # each is asked while the others are
+        return "UP" if address in addresses else "DOWN"
+
+    monkeypatch.setattr(replicas, "_state", state)
+    assert json.loads(replicas.health().body)["replicas"] == {
+        **dict.fromkeys(addresses, "UP"), "http://a:1": "DOWN", "http://b:1": "DOWN",
+    }  # fmt: skip
+
+
+def test_r42_no_proxy_stands_between_gateway_and_servers(pair, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, nowhere())
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    replicas = Replicas(pair[1])
+    assert replicas.answer(body(picture(0), [(48, 48)])).status == 200
+    with running(gateway.create_app(replicas)) as url:  # is a dashboard too
+        listing = gateway.create_app(replicas, upstream=gateway.Upstream(url)).test_client().get("/api/functions/none")
+    assert listing.status_code == 404
+
+
 # -- the version of CVAT ----------------------------------------------------------------------------------------------
 
 

@@ -74,6 +74,17 @@ def test_c14_the_server_hands_events_over_as_nuclio_does(server, interactor, con
     assert answer.data == interactor.answer(raw("points")).body
 
 
+@pytest.mark.parametrize(("accepts", "packed"), [("gzip, deflate", True), ("gzip;q=0", False), ("identity", False)])
+@pytest.mark.parametrize("door", ["server", "gateway"])
+def test_c13_gzip_for_those_alone_who_accept_it(interactor, door, accepts, packed, monkeypatch):
+    monkeypatch.setitem(contract.GZIP_ABOVE_BYTES, "shapes", 10)
+    context = nuclio_sdk.Context()
+    context.user_data.interactor = interactor
+    app = serve.create_app(main.handler, context) if door == "server" else gateway.create_app(interactor)
+    answer = app.test_client().post("/", data=raw("points"), headers={"Accept-Encoding": accepts})
+    assert ("Content-Encoding" in answer.headers) is packed
+
+
 def test_c14_health_and_unknown_methods(server):
     assert server.get("/health").json["status"] == "UP"
     assert server.head("/").status_code == 200
@@ -270,6 +281,33 @@ def test_other_functions_are_passed_through_to_the_upstream_dashboard(interactor
     assert ours.data == interactor.answer(raw("point")).body
 
 
+@pytest.mark.parametrize(
+    "half",
+    [
+        {"metadata": {"name": "yolo", "annotations": {}}, "spec": {}, "status": {}},
+        {"metadata": {"name": "yolo", "annotations": {}}, "spec": {"description": ""}},
+        {"metadata": {"name": "yolo"}, "spec": {"description": ""}, "status": {}},
+        {"metadata": {"name": "yolo", "annotations": {"spec": "{"}}, "spec": {"description": ""}, "status": {}},
+        "yolo",
+        None,
+    ],
+    ids=["description", "status", "annotations", "spec", "text", "null"],
+)
+def test_half_a_function_of_the_upstream_dashboard_does_not_break_the_models_page(interactor, caplog, half):
+    whole = {
+        "metadata": {"name": "sam", "annotations": {"type": "interactor"}},
+        "spec": {"description": "other"},
+        "status": {"state": "ready"},
+    }
+    app = flask.Flask("dashboard")
+    app.add_url_rule("/api/functions", view_func=lambda: flask.jsonify({"yolo": half, "sam": whole}))
+    with running(app) as url:
+        listing = gateway.create_app(interactor, upstream=gateway.Upstream(url)).test_client().get("/api/functions")
+    assert set(listing.json) == {"sam", "inter2former"}
+    assert listing.json["sam"] == whole
+    assert "yolo" in caplog.text
+
+
 def test_an_upstream_that_is_away_does_not_take_ours_along(interactor, caplog):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -352,6 +390,14 @@ def test_r17_wrong_settings_stop_the_server_with_every_one_named(tmp_path, monke
     printed = capsys.readouterr().err
     assert "I2F_CHECKPOINT" in printed
     assert "I2F_CVAT_RESPONSE" in printed
+
+
+@pytest.mark.parametrize("option", ["--replica", "--upstream"])
+def test_r17_an_address_that_is_none_stops_the_gateway(monkeypatch, capsys, option):
+    monkeypatch.setattr("sys.argv", ["gateway", option, "one:8080"])
+    with pytest.raises(SystemExit, match="2"):
+        gateway.main()
+    assert "'one:8080' is no address such as http://" in capsys.readouterr().err
 
 
 def test_r15_every_wait_is_shorter_than_the_platforms():
