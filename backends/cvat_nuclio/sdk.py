@@ -18,7 +18,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import typer
@@ -38,7 +38,7 @@ from backends.cvat_nuclio import contract
 from inter2former.errors import ConfigError, ImageError, Inter2FormerError
 from inter2former.files import write_atomically
 from inter2former.prompts import Click
-from inter2former.segmenter import Segmenter
+from inter2former.segmenter import KnownImage, Segmenter
 
 SMALLEST_AREA = 3  # pixels; CVAT's page draws nothing smaller
 ALLOWS_MASKS = ("any", "mask")  # types of labels
@@ -85,6 +85,32 @@ def _shapes_by_frame(task: Any) -> tuple[dict[int, list[Any]], int]:
     return by_frame, len(annotations.tracks)
 
 
+class Frame(NamedTuple):
+    """A picture of a task, as CVAT describes it."""
+
+    name: str
+    width: int
+    height: int
+
+
+def _frame(meta: Any, number: int) -> Frame:
+    """A frame by its number; all frames of a video have one entry, which names the video."""
+    if len(meta.frames) == 1 < meta.size:
+        video = meta.frames[0]
+        return Frame(f"{PurePosixPath(video.name).stem}/frame_{number:06d}.png", video.width, video.height)
+    found = meta.frames[number]
+    return Frame(found.name, found.width, found.height)
+
+
+def _image(task: Any, frame: Frame, number: int, segmenter: Segmenter) -> KnownImage:
+    """The picture of a frame; ImageError when it cannot be read, or has not the size that shapes refer to."""
+    image = segmenter.known(task.get_frame(number, quality="original").read())
+    width, height = image.info.width, image.info.height
+    if (width, height) != (frame.width, frame.height):
+        raise ImageError(f"{frame.name} has {width} x {height} pixels, and in CVAT {frame.width} x {frame.height}.")
+    return image
+
+
 # -- pull -------------------------------------------------------------------------------------------------------------
 
 
@@ -115,9 +141,9 @@ def pull(client: Any, tasks: Sequence[int], projects: Sequence[int], out: Path) 
         by_frame, n_tracks = _shapes_by_frame(task)
         done.tracks += n_tracks
         meta = task.get_meta()
-        deleted = set(meta.deleted_frames)
-        frames = [(number, frame) for number, frame in enumerate(meta.frames) if number not in deleted]
-        for number, frame in _progress(frames, f"task {task.id}"):
+        numbers = [number for number in range(meta.size) if number not in set(meta.deleted_frames)]
+        for number in _progress(numbers, f"task {task.id}"):
+            frame = _frame(meta, number)
             name = f"{task.id}/{_safe_name(frame.name, number)}"
             path = out / "images" / name
             if path.is_file():
@@ -180,7 +206,9 @@ class Made:
     empty: int = 0
     no_masks_allowed: int = 0
     frames: int = 0
-    broken: list[str] = dataclasses.field(default_factory=list)  # names of images that cannot be read
+    broken: list[str] = dataclasses.field(
+        default_factory=list
+    )  # names of images that cannot be read, or not as CVAT does
 
 
 PROMPT_SHAPES = {"boxes": ("rectangle",), "points": ("points",), "both": ("rectangle", "points")}
@@ -230,12 +258,13 @@ def auto_annotate(
     done.frames = len(work)
     if segmenter is None:
         return done
-    frame_names = task.get_frames_info()
+    meta = task.get_meta()
     for frame, prompts, masks in _progress(work, f"task {number}"):
+        described = _frame(meta, frame)
         try:
-            image = segmenter.known(task.get_frame(frame, quality="original").read())
+            image = _image(task, described, frame, segmenter)
         except ImageError:
-            done.broken.append(frame_names[frame].name)
+            done.broken.append(described.name)
             continue
         there = {(mask.label_id, tuple(map(int, mask.points))) for mask in masks}
         new, turned = [], []
@@ -264,7 +293,7 @@ def _key(shape: Any) -> str:
     return hashlib.blake2b(json.dumps(asked).encode(), digest_size=12).hexdigest()
 
 
-def _mask_of(shape: Any, segmenter: Segmenter, image: Any) -> contract.Mask:
+def _mask_of(shape: Any, segmenter: Segmenter, image: KnownImage) -> contract.Mask:
     """The mask for a rectangle (the box around it, when it is turned) or for points, all of them positive."""
     points = np.array(shape.points, np.float64).reshape(-1, 2)
     height, width = image.info.height, image.info.width
@@ -311,14 +340,21 @@ def correct(
 ) -> str:
     """Clicks on a mask of a task, which is written back in its place; returns a sentence about it.
 
-    raises   RequestError for no such mask or an empty result; PromptError, FetchError; see `connected`
+    raises   RequestError for no such mask or an empty result; ImageError, PromptError, FetchError; see `connected`
     """
     task = client.tasks.retrieve(number)
-    shape = next((s for s in task.get_annotations().shapes if s.id == shape_id), None)
-    if shape is None or str(shape.type) != "mask":
-        raise RequestError(f"Task {number} has no mask with the number {shape_id}.", "`pull` lists the shapes.")
-    image = segmenter.known(task.get_frame(int(shape.frame), quality="original").read())
-    before = decode_mask(shape.points, image_width=image.info.width, image_height=image.info.height)
+    masks = {shape.id: shape for shape in task.get_annotations().shapes if str(shape.type) == "mask"}
+    if shape_id not in masks:
+        labels = {label.id: label.name for label in task.get_labels()}
+        known = [f"{s.id} ({labels.get(s.label_id, '')}, frame {s.frame})" for s in masks.values()]
+        listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+        raise RequestError(f"Task {number} has no mask with the number {shape_id}.", f"It has: {listed or 'none'}.")
+    shape = masks[shape_id]
+    image = _image(task, _frame(task.get_meta(), int(shape.frame)), int(shape.frame), segmenter)
+    try:
+        before = decode_mask(shape.points, image_width=image.info.width, image_height=image.info.height)
+    except ValueError as wrong:
+        raise RequestError(f"Mask {shape_id} is broken: {wrong}.", "Draw it anew in CVAT.") from None
     after = segmenter.segment(image, clicks, initial_mask=before).mask
     points = contract.run_lengths(after)
     if sum(points[1:-4:2]) < SMALLEST_AREA:
@@ -407,7 +443,7 @@ def auto_annotate_command(
 @app.command("correct")
 def correct_command(
     task: Task,
-    shape: Annotated[int, typer.Option(help="Number of the mask, as CVAT shows it.")],
+    shape: Annotated[int, typer.Option(help="Number of the mask: serverID in CVAT's object URL. 0 names them all.")],
     click: Annotated[list[str], typer.Option(metavar="X,Y[,-]", help="Part of the object, or with ,- not part of it.")],
     dry_run: DryRun = False,
 ) -> None:

@@ -143,9 +143,12 @@ class StandIn:
                 {"name": name, "width": w, "height": h, "related_files": 0, "has_related_context": False}
                 for name, _, w, h in self.tasks[number]["frames"]
             ]
+            size, video = len(frames), self.tasks[number].get("video")
+            if video:  # has one entry, whatever its frames
+                frames = [{**frames[0], "name": video}]
             return {
-                "chunks_updated_date": DATE, "chunk_size": 1, "size": len(frames), "image_quality": 70,
-                "start_frame": 0, "stop_frame": len(frames) - 1, "frame_filter": "",
+                "chunks_updated_date": DATE, "chunk_size": 1, "size": size, "image_quality": 70,
+                "start_frame": 0, "stop_frame": size - 1, "frame_filter": "",
                 "deleted_frames": self.tasks[number]["deleted"], "frames": frames, "included_frames": None,
                 "storage": "local", "cloud_storage_id": None, "chapters": None,
             }  # fmt: skip

@@ -16,6 +16,7 @@ from backends.common.http import FetchError, RequestError
 from backends.cvat_nuclio import sdk
 from inter2former.checkpoints import save_checkpoint
 from inter2former.config import tiny
+from inter2former.errors import ImageError
 from inter2former.images import decode_image
 from inter2former.masks import rgb_to_png
 from inter2former.nn.model import Inter2Former
@@ -117,6 +118,20 @@ def test_deleted_frames_are_left_out(client, server, tmp_path):
     assert (done.fetched, done.shapes) == (2, 4)
 
 
+def test_every_frame_of_a_video_is_pulled_and_annotated(client, server, tmp_path):
+    frames = [("", image, W, H) for image in (CAT, MIRRORED, UPSIDE_DOWN)]
+    server.task(9, frames, LABELS, SHAPES, video="clips/cat.mp4")
+    done = sdk.pull(client, [9], [], tmp_path)
+    assert (done.fetched, done.shapes) == (3, 6)
+    names = [path.relative_to(tmp_path / "images").as_posix() for path in (tmp_path / "images").rglob("*.png")]
+    assert sorted(names) == [f"9/cat/frame_00000{n}.png" for n in range(3)]
+    records, _ = read_cvat(tmp_path)
+    assert [len(record.masks) for record in records] == [2, 1, 1]
+    done = sdk.auto_annotate(client, 9, new_segmenter(), tmp_path / "state.json")
+    assert (done.prompts, done.broken) == (3, [])
+    assert (1, 3, 0) in masks_of(server, 9)
+
+
 # -- auto-annotate ----------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +190,14 @@ def test_a_broken_image_is_passed_over(client, server, tmp_path):
     assert sdk.auto_annotate(client, 7, None, tmp_path / "state.json").frames == 1  # it is tried again next time
 
 
+def test_an_image_of_another_size_than_cvat_says_is_passed_over(client, server, tmp_path):
+    server.task(9, [("turned.jpg", CAT, H, W)], LABELS, SHAPES[:3])
+    done = sdk.auto_annotate(client, 9, new_segmenter(), tmp_path / "state.json")
+    assert (done.made, done.broken) == (0, ["turned.jpg"])
+    with pytest.raises(ImageError, match=r"226 x 150 pixels, and in CVAT 150 x 226"):
+        sdk.correct(client, 9, 100, [Click(5, 5)], new_segmenter(), dry=True)
+
+
 def test_a_dry_run_reads_and_changes_nothing(client, server, tmp_path):
     done = sdk.auto_annotate(client, 7, None, tmp_path / "state.json")
     assert (done.prompts, done.made, done.frames) == (3, 0, 3)
@@ -210,8 +233,11 @@ def test_a_mask_is_corrected_by_clicks_in_its_place(client, server):
     assert np.array_equal(mask, new_segmenter().segment(CAT, clicks, initial_mask=disc(60, 60, 25)).mask)
     assert (mask[60, 90], mask[60, 60]) == (True, False)
     assert (shape["label_id"], shape["frame"], len(server.tasks[7]["shapes"])) == (3, 0, len(SHAPES))
+    shape["points"] = [0.0, 5.0, 0.0, 0.0, 9.0, 9.0]
+    with pytest.raises(RequestError, match="Mask 100 is broken"):
+        sdk.correct(client, 7, 100, clicks, new_segmenter(), dry=True)
     for wrong in (101, 999):
-        with pytest.raises(RequestError, match=str(wrong)):
+        with pytest.raises(RequestError, match=rf"{wrong}\. It has: 100 \(cat, frame 0\)"):
             sdk.correct(client, 7, wrong, clicks, new_segmenter(), dry=False)
 
 
