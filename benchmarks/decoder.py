@@ -28,11 +28,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import typer
-from torch.nn import functional as F
 
 from benchmarks.results import write_result
 from inter2former import reference_mask
-from inter2former.bench import disc
+from inter2former.bench import Action, box_of, disc, sam2_tiny, sam_vit_b, upsample_in
 from inter2former.config import PRESETS
 from inter2former.files import write_atomically
 from inter2former.images import Frame
@@ -48,42 +47,6 @@ LARGE = 1536  # pixels; from here on fewer rows
 
 Box = tuple[int, int, int, int]
 Reference = npt.NDArray[np.uint8]
-Action = Callable[[], object]
-
-
-def sam_vit_b() -> Action:
-    """One click on a known embedding; of the image encoder only a layer is made, and not used."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is loaded from anywhere
-    from transformers import SamConfig, SamModel
-
-    config = SamConfig(vision_config={"num_hidden_layers": 1, "global_attn_indexes": [0]})
-    model: Any = SamModel(config)
-    model.eval()
-    return _click_of_sam(model, torch.randn(1, 256, 64, 64))
-
-
-def sam2_tiny() -> Action:
-    """The same for SAM 2.1 tiny, whose decoder also reads two finer maps."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import Sam2Config, Sam2Model
-
-    model: Any = Sam2Model(Sam2Config())
-    model.eval()
-    maps = [torch.randn(1, 32, 256, 256), torch.randn(1, 64, 128, 128), torch.randn(1, 256, 64, 64)]
-    return _click_of_sam(model, maps)
-
-
-def _click_of_sam(model: Any, embeddings: Any) -> Action:
-    points, labels = torch.full((1, 1, 1, 2), 512.0), torch.ones(1, 1, 1, dtype=torch.int)
-
-    def click() -> object:
-        with torch.inference_mode():
-            low = model(
-                image_embeddings=embeddings, input_points=points, input_labels=labels, multimask_output=False
-            ).pred_masks
-            return F.interpolate(low[0], (1024, 1024), mode="bilinear", align_corners=False) > 0
-
-    return click
 
 
 def make_features(model: Inter2Former, size: int) -> Features:
@@ -95,15 +58,13 @@ def make_features(model: Inter2Former, size: int) -> Features:
 def scene(size: int, area: float | None) -> tuple[Reference, Box]:
     """The reference mask before the click, and the object's box in tokens. None: the first click."""
     inside = disc(size, FIRST_CLICK_AREA if area is None else area)
-    tokens = np.argwhere(inside.reshape(size // 16, 16, size // 16, 16).any((1, 3)))
-    (top, left), (bottom, right) = tokens.min(0), tokens.max(0) + 1
     if area is None:
         reference = reference_mask.initial(size)
     else:
         reference = np.where(
             inside, np.uint8(reference_mask.POSSIBLE_FOREGROUND), np.uint8(reference_mask.POSSIBLE_BACKGROUND)
         )
-    return reference, (int(left), int(top), int(right), int(bottom))
+    return reference, box_of(inside)
 
 
 def ours(decoder: FusedDecoder, encoding: Any, frame: Frame, reference: Reference, box: Box) -> Action:
@@ -126,7 +87,7 @@ def ours_pytorch(model: Inter2Former, features: Features, reference: Reference, 
 
     def click() -> object:
         state = reference_mask.paint_clicks(reference, [(middle, middle, True)], 5)
-        model.upsampling.box = lambda low: box  # type: ignore[method-assign]
+        upsample_in(model, box)
         logits = model.decode(features, state).logits
         return reference_mask.apply_prediction(state, (logits > 0).numpy())
 
@@ -138,7 +99,7 @@ def check_agreement(model: Inter2Former, decoder: FusedDecoder, features: Featur
     worst = 0.0
     for area in (None, FIRST_CLICK_AREA):
         reference, box = scene(features.tokens.shape[-1] * 16, area)
-        model.upsampling.box = lambda low, box=box: box  # type: ignore[method-assign, misc]
+        upsample_in(model, box)
         left, top, right, bottom = (16 * side for side in box)
         want = model.decode(features, reference).logits.numpy()[top:bottom, left:right]
         worst = max(worst, float(np.abs(decoder.click(features, reference, box).inside - want).max()))

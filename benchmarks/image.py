@@ -22,9 +22,9 @@ import cv2
 import torch
 import typer
 
-from benchmarks.decoder import Action, ours, sam_vit_b, scene, timed
+from benchmarks.decoder import ours, scene, timed
 from benchmarks.results import write_result
-from inter2former.bench import picture
+from inter2former.bench import Action, picture, sam_vit_b
 from inter2former.config import PRESETS
 from inter2former.images import Frame
 from inter2former.nn.canny import canny

@@ -1,10 +1,14 @@
 """Stage times on this machine: what `inter2former bench` prints and benchmarks/ keeps.
 
 Pictures are made here from a seed, and so are the weights unless a checkpoint is given. The work of a click depends on
-sizes, on the object's area and, for the box that is upsampled, on the weights: random ones take most of it.
+sizes, on the object's area and on the box that is upsampled: that of the object with random weights, which would find
+anything, and what the weights of a checkpoint find.
 
-Contenders: `ours` is what users get, the Segmenter over packed weights, from pixels to mask; `ours_pytorch` is the same
-work by the plain network in PyTorch, without native code.
+Contenders: `ours` is what users get, the Segmenter over packed weights, from pixels to mask, `ours_bfloat16` the same
+in that precision, where the CPU has it; `ours_pytorch` is the same work by the plain network in PyTorch, without native
+code. With `transformers` installed (the extra "bench") clicks are also made by the decoders of SAM ViT-B and SAM 2.1
+tiny with random weights: always at 1024 pixels, whatever the row's size, on one known image embedding, from a point to
+a mask.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import statistics
@@ -25,6 +30,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn import functional as F
 
 from inter2former import reference_mask
 from inter2former.config import PRESETS
@@ -32,14 +38,20 @@ from inter2former.errors import ConfigError
 from inter2former.images import Frame
 from inter2former.nn.canny import canny
 from inter2former.nn.model import ImageEncoding, Inter2Former
+from inter2former.nn.upsampling import TokenBox
 from inter2former.prompts import Click
+from inter2former.runtime import native
+from inter2former.runtime.decoder import FusedDecoder
 from inter2former.runtime.packing import pack
 from inter2former.segmenter import Segmenter
 
 Image = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
+Action = Callable[[], object]
+
 SESSION_CLICKS = 20
+SESSION_AREA = 0.10  # of the object of a first click and a session
 
 
 def machine() -> dict[str, Any]:
@@ -75,15 +87,16 @@ def _cpu_name() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """The last of some clicks on an image; the ones before are known."""
+    """The last of some clicks on an image; the ones before are known. `box`: what is upsampled, in tokens."""
 
     image: Image
     clicks: tuple[Click, ...]
     initial_mask: Mask | None = None
+    box: TokenBox | None = None
 
 
 class Contender(Protocol):
-    """Something that encodes images and answers clicks on the image that it encoded last."""
+    """Something that encodes images and answers clicks on the image that it encoded last, `case.image`."""
 
     name: str
 
@@ -96,18 +109,26 @@ _AnyContender = TypeVar("_AnyContender", bound=Contender)
 
 
 class _Ours:
-    """The Segmenter; every image and prompt is new to its caches but for what the row calls known."""
+    """The Segmenter; every image and prompt is new to its caches but for what the row calls known.
 
-    name = "ours"
+    It knows the image that it encoded last by name, as servers do. The object of a `click` row is a given mask, so that
+    some of the time is that mask's way into the model's frame.
+    """
 
-    def __init__(self, model: Inter2Former, size: int) -> None:
-        self._segmenter = Segmenter(pack(copy.deepcopy(model)), model_size=size)
+    def __init__(
+        self, model: Inter2Former, size: int, precision: native.Precision = "float32", name: str = "ours"
+    ) -> None:
+        self.name = name
+        self._model = pack(copy.deepcopy(model), precision)
+        self._segmenter = Segmenter(self._model, model_size=size)
 
     def encode(self, image: Image) -> None:
-        self._segmenter.prefetch(image)
+        self._image = self._segmenter.known(image)
+        self._segmenter.prefetch(self._image)
 
     def click(self, case: Case) -> None:
-        self._segmenter.segment(case.image, case.clicks, initial_mask=case.initial_mask)
+        upsample_in(self._model, case.box)
+        self._segmenter.segment(self._image, case.clicks, initial_mask=case.initial_mask)
 
 
 class _Plain:
@@ -116,7 +137,7 @@ class _Plain:
     name = "ours_pytorch"
 
     def __init__(self, model: Inter2Former, size: int) -> None:
-        self._model, self._size = model, size
+        self._model, self._size = copy.deepcopy(model), size
         self._encoding: ImageEncoding | None = None
         self._state: tuple[tuple[Click, ...], reference_mask.State] = ((), np.empty(0, np.uint8))
 
@@ -134,6 +155,7 @@ class _Plain:
 
     def click(self, case: Case) -> None:
         assert self._encoding is not None
+        upsample_in(self._model, case.box)
         frame = self._frame(case.image)
         known, state = self._state
         if not known or known != case.clicks[:-1]:
@@ -149,6 +171,83 @@ class _Plain:
         logits = self._model.decode(self._encoding, state).logits
         self._state = case.clicks, reference_mask.apply_prediction(state, (logits > 0).numpy())
         frame.mask_from_logits(logits)
+
+
+class _Sam:
+    """A decoder of SAM's family; it has one image, and its clicks cost the same wherever they are."""
+
+    def __init__(self, name: str, click: Action) -> None:
+        self.name, self._click = name, click
+
+    def encode(self, image: Image) -> None:
+        """Nothing: its encoder is not measured here."""
+
+    def click(self, case: Case) -> object:
+        return self._click()
+
+
+def upsample_in(model: Inter2Former, box: TokenBox | None) -> None:
+    """Let a model (packed or not) upsample that box of tokens from now on, whatever it finds; None: what it finds."""
+    decoder = getattr(model.decode, "__self__", None)
+    for owner, name in ((decoder, "click"), (model.upsampling, "box")):
+        vars(owner).pop(name, None)
+    if box is not None and isinstance(decoder, FusedDecoder):
+        decoder.click = partial(decoder.click, box=box)  # type: ignore[method-assign]
+    elif box is not None:
+        model.upsampling.box = lambda low: box  # type: ignore[method-assign]
+
+
+def box_of(inside: Mask) -> TokenBox:
+    """(left, top, right, bottom) in tokens of what is inside, bool [T, T]."""
+    size = inside.shape[0]
+    tokens = np.argwhere(inside.reshape(size // 16, 16, size // 16, 16).any((1, 3)))
+    (top, left), (bottom, right) = tokens.min(0), tokens.max(0) + 1
+    return int(left), int(top), int(right), int(bottom)
+
+
+def sam_vit_b() -> Action:
+    """One click on a known embedding; of the image encoder only a layer is made, and not used."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is loaded from anywhere
+    from transformers import SamConfig, SamModel
+
+    config = SamConfig(vision_config={"num_hidden_layers": 1, "global_attn_indexes": [0]})
+    model: Any = SamModel(config)
+    model.eval()
+    return _click_of_sam(model, torch.randn(1, 256, 64, 64))
+
+
+def sam2_tiny() -> Action:
+    """The same for SAM 2.1 tiny, whose decoder also reads two finer maps."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import Sam2Config, Sam2Model
+
+    model: Any = Sam2Model(Sam2Config())
+    model.eval()
+    maps = [torch.randn(1, 32, 256, 256), torch.randn(1, 64, 128, 128), torch.randn(1, 256, 64, 64)]
+    return _click_of_sam(model, maps)
+
+
+def _click_of_sam(model: Any, embeddings: Any) -> Action:
+    points, labels = torch.full((1, 1, 1, 2), 512.0), torch.ones(1, 1, 1, dtype=torch.int)
+
+    def click() -> object:
+        with torch.inference_mode():
+            low = model(
+                image_embeddings=embeddings, input_points=points, input_labels=labels, multimask_output=False
+            ).pred_masks
+            return F.interpolate(low[0], (1024, 1024), mode="bilinear", align_corners=False) > 0
+
+    return click
+
+
+OTHERS = {"sam_vit_b": sam_vit_b, "sam2_tiny": sam2_tiny}
+
+
+def _others() -> list[Contender]:
+    if importlib.util.find_spec("transformers") is None:
+        return []
+    with torch.random.fork_rng():
+        return [_Sam(name, make()) for name, make in OTHERS.items()]
 
 
 def picture(size: int, seed: int) -> Image:
@@ -172,9 +271,9 @@ def disc(size: int, area: float) -> Mask:
 
 
 def _session(size: int, run: int) -> list[Click]:
-    """20 clicks on a disc of 10 %: inside and just outside by turns, at other places in each run."""
+    """20 clicks on a disc of SESSION_AREA: inside and just outside by turns, at other places in each run."""
     rng = np.random.default_rng(1000 + run)
-    radius = size * np.sqrt(0.10 / np.pi)
+    radius = size * np.sqrt(SESSION_AREA / np.pi)
     clicks = []
     for index in range(SESSION_CLICKS):
         positive = index % 2 == 0
@@ -187,7 +286,7 @@ def _session(size: int, run: int) -> list[Click]:
 def run(
     preset: str,
     sizes: Sequence[int] | None = None,
-    areas: Sequence[float] = (0.01, 0.10, 0.50),
+    areas: Sequence[float] = (0.01, 0.05, 0.10, 0.25, 0.50),
     *,
     runs: int = 5,
     model: Inter2Former | None = None,
@@ -206,13 +305,16 @@ def run(
     sizes = list(sizes or config.auto_sizes[:1])
     if runs < 1 or any(size < 256 or size % 256 for size in sizes) or any(not 0 < area < 1 for area in areas):
         raise ConfigError("bench wants runs >= 1, sizes in multiples of 256 and areas between 0 and 1.")
+    random = model is None
     if model is None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = Inter2Former(config).eval()
+    native.set_threads(torch.get_num_threads())
     rows: list[dict[str, Any]] = []
+    others = _others()
     for size in sizes:
-        for what, area, contender, seconds in _measure(model, size, areas, runs):
+        for what, area, contender, seconds in _measure(model, others, size, areas, runs, random):
             ms = sorted(1000 * value for value in seconds)
             row = {
                 "what": what,
@@ -234,29 +336,41 @@ def run(
 _Sample = tuple[str, float | None, str, list[float]]
 
 
-def _measure(model: Inter2Former, size: int, areas: Sequence[float], runs: int) -> Iterator[_Sample]:
+def _measure(
+    model: Inter2Former, others: Sequence[Contender], size: int, areas: Sequence[float], runs: int, random: bool
+) -> Iterator[_Sample]:
     """(what, area, contender, seconds of each run)."""
-    contenders: list[Contender] = [_Ours(model, size), _Plain(model, size)]
+    plain = _Plain(model, size)
+    contenders: list[Contender] = [_Ours(model, size), plain]
+    if native.choose_precision("auto") == "bfloat16":
+        contenders.insert(1, _Ours(model, size, "bfloat16", "ours_bfloat16"))
     yield from _rows("encode", None, contenders, runs, lambda c, i: partial(c.encode, picture(size, 7 + i)))
-    plain = [_Plain(model, size)]  # the Segmenter has no such stage of its own
-    yield from _rows("edges", None, plain, runs, lambda c, i: partial(c.edges, picture(size, 7 + i)))
+    # The Segmenter has no such stage of its own.
+    yield from _rows("edges", None, [plain], runs, lambda c, i: partial(c.edges, picture(size, 7 + i)))
 
     image = picture(size, 0)
     for contender in contenders:
         contender.encode(image)
 
-    def one_click(contender: Contender, index: int, start: Mask | None = None) -> Callable[[], object]:
-        spot = Click(size / 2 + index, size / 2 - index)  # another one each time: a repeated prompt is a cache hit
-        return partial(contender.click, Case(image, (spot,), start))
+    def boxed(area: float) -> TokenBox | None:
+        return box_of(disc(size, area)) if random else None
 
-    def session(contender: Contender, index: int) -> Callable[[], object]:
+    def one_click(contender: Contender, index: int, area: float | None = None) -> Action:
+        spot = Click(size / 2 + index, size / 2 - index)  # another one each time: a repeated prompt is a cache hit
+        if area is None:
+            case = Case(image, (spot,), box=boxed(SESSION_AREA))
+        else:
+            case = Case(image, (spot,), disc(size, area), boxed(area))
+        return partial(contender.click, case)
+
+    def session(contender: Contender, index: int) -> Action:
         clicks = _session(size, index)
-        cases = [Case(image, tuple(clicks[: k + 1])) for k in range(len(clicks))]
+        cases = [Case(image, tuple(clicks[: k + 1]), box=boxed(SESSION_AREA)) for k in range(len(clicks))]
         return lambda: [contender.click(case) for case in cases]
 
-    yield from _rows("first_click", None, contenders, runs, one_click)
+    yield from _rows("first_click", None, [*contenders, *others], runs, one_click)
     for area in areas:
-        yield from _rows("click", area, contenders, runs, partial(one_click, start=disc(size, area)))
+        yield from _rows("click", area, [*contenders, *others], runs, partial(one_click, area=area))
     yield from _rows("session20", None, contenders, runs, session)
 
 
@@ -265,7 +379,7 @@ def _rows(
     area: float | None,
     contenders: Sequence[_AnyContender],
     runs: int,
-    action_of: Callable[[_AnyContender, int], Callable[[], object]],
+    action_of: Callable[[_AnyContender, int], Action],
 ) -> Iterator[_Sample]:
     """Time the actions; contenders take turns within a run, after one warm-up run that is not counted."""
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}

@@ -230,7 +230,9 @@ def evaluate(
 def bench(
     preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}; random weights.")] = "small",
     sizes: Annotated[str | None, typer.Option(metavar="N,...", help="Model sizes [the preset's smallest].")] = None,
-    areas: Annotated[str, typer.Option(metavar="A,...", help="Object areas, shares of the picture.")] = "0.01,0.1,0.5",
+    areas: Annotated[
+        str, typer.Option(metavar="A,...", help="Object areas, shares of the picture.")
+    ] = "0.01,0.05,0.1,0.25,0.5",
     runs: Annotated[int, typer.Option(min=1, help="Timed runs of each row.")] = 5,
     checkpoint: CheckpointOption = None,
     threads: ThreadsOption = None,

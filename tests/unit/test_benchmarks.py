@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import baselines, click, results, threads
+from benchmarks import baselines, click, parts, results, threads
 from inter2former import bench
 from inter2former.evaluation import Target, evaluate
 from inter2former.prompts import Click
@@ -84,3 +84,16 @@ def test_threads_keeps_figures_and_every_mask_is_the_same(folder):
     content = json.loads((folder / "threads_tiny.json").read_text())
     assert content["masks_that_differ"] == 0
     assert content["callers"] == 3
+
+
+def test_parts_keeps_figures_and_picture(folder, monkeypatch):
+    monkeypatch.setattr(parts, "SHARES", (0.1, 0.4))
+    parts.main(preset="tiny", size=256, runs=1, threads=1)
+    rows = json.loads((folder / "parts_tiny_1.json").read_text())["rows"]
+    for part in parts.PARTS:
+        assert {row["share"] for row in rows if row["part"] == part} == {0.1, 0.4}
+        assert {"ours", "ours_pytorch", "dense"} <= {row["contender"] for row in rows if row["part"] == part}
+    edges = {(row["part"], row["share"]): row["edge_tokens"] for row in rows}
+    assert edges["attention", 0.4] > 1.5 * edges["attention", 0.1] > edges["upsampling", 0.4]
+    assert edges["upsampling", 0.4] == edges["upsampling", 0.1]
+    assert (folder / "parts_tiny_1.png").read_bytes().startswith(b"\x89PNG")

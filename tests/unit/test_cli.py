@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from synthetic import make_image, make_tiny_model
 
-from inter2former import bench, cli, masks
+from inter2former import Segmenter, bench, cli, masks
 from inter2former.checkpoints import save_checkpoint
 from inter2former.config import tiny
+from inter2former.images import Frame
 from inter2former.nn.model import Inter2Former
+from inter2former.reference_mask import initial, paint_clicks
+from inter2former.runtime import native, packing
 
 WIDTH, HEIGHT = 60, 40
 
@@ -41,6 +45,7 @@ def same_threads():
     yield
     torch.set_num_threads(torch_threads)
     cv2.setNumThreads(cv2_threads)
+    native.set_threads(torch_threads)
 
 
 @pytest.fixture
@@ -221,7 +226,18 @@ def test_evaluate_what_is_no_pack(run, checkpoint, tmp_path):
 # -- bench, convert, info --------------------------------------------------------------------------------------------
 
 
-def test_bench_json(run, monkeypatch):
+@pytest.fixture
+def others(monkeypatch):
+    """Stand-ins for the other decoders, which take seconds to make; the list says how often each was clicked."""
+    clicks = []
+    makers = {name: lambda name=name: lambda: clicks.append(name) for name in bench.OTHERS}
+    monkeypatch.setattr(bench, "OTHERS", makers)
+    return clicks
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_bench_json(run, monkeypatch, others, installed):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: installed or None)
     monkeypatch.setattr(bench, "SESSION_CLICKS", 2)
     status, out, _ = run("bench", "--preset", "tiny", "--runs", 1, "--areas", "0.1,0.2", "--threads", 1, "--json")
     assert status == 0
@@ -230,13 +246,19 @@ def test_bench_json(run, monkeypatch):
     assert result["threads"] == 1
     keys = {"what", "preset", "size", "area", "edge_rule", "contender", "median_ms", "p90_ms", "runs"}
     assert all(set(row) == keys for row in result["rows"])
+    ours = {"ours", "ours_pytorch"}
+    if native.choose_precision("auto") == "bfloat16":
+        ours.add("ours_bfloat16")
+    sams = {"sam_vit_b", "sam2_tiny"} if installed else set()
     for what, n_rows in (("encode", 1), ("first_click", 1), ("click", 2), ("session20", 1)):
         contenders = [row["contender"] for row in result["rows"] if row["what"] == what]
-        assert sorted(contenders) == sorted(["ours", "ours_pytorch"] * n_rows)
+        wanted = ours | sams if "click" in what else ours
+        assert sorted(contenders) == sorted([*wanted] * n_rows)
+    assert set(others) == sams
     assert all(0 < row["median_ms"] <= row["p90_ms"] for row in result["rows"])
 
 
-def test_bench_table_of_a_checkpoint(run, monkeypatch, checkpoint):
+def test_bench_table_of_a_checkpoint(run, monkeypatch, others, checkpoint):
     monkeypatch.setattr(bench, "SESSION_CLICKS", 1)
     status, out, _ = run("bench", "--checkpoint", checkpoint, "--runs", 1, "--areas", "0.1", "--sizes", "256")
     assert status == 0
@@ -257,6 +279,22 @@ def test_bench_errors(run, arguments, status, named):
     got, _, err = run("bench", *arguments)
     assert got == status
     assert named in err
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_benchmark_says_what_is_upsampled(packed):
+    model = make_tiny_model()
+    image = Frame(120, 160, 256).prepare(make_image())
+    if packed:
+        packing.pack(model)
+    encoding, reference = model.encode(image), paint_clicks(initial(256), [(90, 100, True)], 5)
+    found = model.decode(encoding, reference).box
+    box = bench.box_of(bench.disc(256, 0.2))
+    assert box not in (found, (0, 0, 16, 16))
+    for wanted, want in ((box, box), (None, found)):
+        bench.upsample_in(model, wanted)
+        inside = Segmenter(model)._decode(encoding, reference)
+        assert inside.box == want
 
 
 def test_a_disc_covers_its_area():
