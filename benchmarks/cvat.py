@@ -178,6 +178,7 @@ def measure_overhead(objects: int, width: int, height: int, threads: int) -> dic
                 "cpu_p95": round(spread(cpu)["p95"], 1),
                 "kb_p50": round(statistics.median(sizes), 1),
                 "kb_max": round(max(sizes), 1),
+                "kb_above_64": sum(size > LIMITS["shapes_gzip_kb"] for size in sizes),
                 "gzip_kb_p50": round(statistics.median(sent), 1),
                 "gzip_kb_max": round(max(sent), 1),
                 "wrong": wrong,
