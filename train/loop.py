@@ -43,14 +43,14 @@ class TrainConfig:
     batch: int = 16  # crops; many sources in one batch, and two cores still make a step in seconds
     # Sides of crops in pixels; each step draws one. Weights trained at one size fall apart at others (measured), so
     # every size of use is here, small ones more often. `batch` is for the first; others hold as many pixels.
-    sizes: tuple[int, ...] = (256, 256, 256, 384, 384, 512)
+    sizes: tuple[int, ...] = (256,) * 3 + (384,) * 3 + (512,) * 4 + (768,)
     dense_share: float = 0.25  # dense targets alone at first: clicks are a weak signal for an untrained encoder
-    dense_weight: float = 0.6  # of the dense losses beside the clicks, falling to a tenth
+    dense_weight: float = 0.3  # of the dense losses beside the clicks, falling to a tenth
     lr: float = 1e-3  # small models from scratch bear a large one
-    warmup_steps: int = 100
+    warmup_steps: int = 50
     weight_decay: float = 0.05
     clip: float = 1.0  # gradient norm
-    ema: float = 0.998  # of the shipped weights; ramps up from 0.1, so that early checkpoints are useful
+    ema: float = 0.996  # of the shipped weights, some 250 steps; ramps up from 0.1: early checkpoints are useful
     amp: bool = True  # bfloat16 where the device multiplies it faster
     freeze_norms: bool = False  # batch norms keep their statistics: when the weights to start from have good ones
     workers: int = 1  # data processes; one feeds two cores
@@ -220,12 +220,17 @@ class Trainer:
         if self.device.type != "cpu":  # fast.speed_up shares them
             edges = [e.repeat_interleave(K, 0) for e in edges]
         shared = Features(features.tokens.repeat_interleave(K, 0), edges)
-        fixed = Features(shared.tokens.detach(), [e.detach() for e in shared.edges])
+        rounds = simulate.draw_rounds(config.clicks, np.random.default_rng([config.seed, self.step]))
+        click = fast.clicks_without_gradient(self.model, features) if self.device.type == "cpu" and rounds else None
         self.model.eval()
         with torch.no_grad():
-            for _ in range(simulate.draw_rounds(config.clicks, np.random.default_rng([config.seed, self.step]))):
-                output = self.model.decode_batch(fixed, self._states(annotators))
-                for annotator, mask in zip(annotators, (output.logits > 0).cpu().numpy(), strict=True):
+            for _ in range(rounds):
+                if click is not None:
+                    masks = [click(n // K, annotator.state) for n, annotator in enumerate(annotators)]
+                else:
+                    output = self.model.decode_batch(shared, self._states(annotators))
+                    masks = list((output.logits > 0).cpu().numpy())
+                for annotator, mask in zip(annotators, masks, strict=True):
                     annotator.round(mask)
         self._train_mode()
         output = self.model.decode_batch(shared, self._states(annotators))

@@ -163,6 +163,21 @@ def test_speed_up_changes_nothing_but_rounding() -> None:
         torch.testing.assert_close(quick(image, reference).logits, model(image, reference).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_rounds_without_gradient_see_what_the_network_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Inter2Former(tiny()).eval()
+    reference = torch.randint(1, 4, (3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        features = model.encode_batch(torch.randn(3, 3, 64, 64))
+        want = (model.decode_batch(features, reference).logits > 0).numpy()
+    click = fast.clicks_without_gradient(model, features)
+    if click is not None:
+        found = np.stack([click(n, label) for n, label in enumerate(reference.numpy())])
+        assert (found == want).mean() > 0.99  # the served decoder leaves out what lies outside of the object's box
+    monkeypatch.setattr(fast.native, "module", lambda: None)
+    assert fast.clicks_without_gradient(model, features) is None
+
+
 def test_a_sped_up_model_shares_an_image_between_targets_and_has_the_same_gradients() -> None:
     torch.manual_seed(0)
     model = Inter2Former(tiny())

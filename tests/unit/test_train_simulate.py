@@ -113,7 +113,7 @@ def test_disturbed_masks_stay_near_the_truth_but_differ() -> None:
 def test_rounds_follow_a_truncated_geometric_distribution() -> None:
     config, rng = ClickConfig(max_rounds=3), np.random.default_rng(0)
     counts = np.bincount([simulate.draw_rounds(config, rng) for _ in range(4000)], minlength=4) / 4000
-    weights = 0.6 ** np.arange(4)
+    weights = config.decay ** np.arange(4)
     assert np.abs(counts - weights / weights.sum()).max() < 0.03
 
 
