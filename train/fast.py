@@ -98,7 +98,7 @@ def speed_up(model: Inter2Former) -> None:
 
 
 def clicks_without_gradient(model: Inter2Former, features: Features) -> Callable[[int, np.ndarray], np.ndarray] | None:
-    """The decoder as it is served, with the weights of now: a tenth of the time of the network that is being trained, so
+    """The decoder as it is served, with the weights of now: a tenth of the time of the one that is trained, so
     that the rounds of an annotator cost next to nothing.
 
     features  of B images
