@@ -230,7 +230,7 @@ def auto_annotate(
     state       a file that remembers which prompts were turned; frame by frame
     labels      only these; all when empty
     replace     take the box or the points away once its mask is there
-    raises      RequestError for an unknown label; FetchError, OSError; see `connected`
+    raises      RequestError for an unknown label or a foreign file as `state`; FetchError, OSError; see `connected`
     """
     task = client.tasks.retrieve(number)
     known = {label.id: label for label in task.get_labels()}
@@ -238,7 +238,7 @@ def auto_annotate(
     if unknown := sorted(set(labels) - names):
         raise RequestError(f"The task has no label {', '.join(unknown)}.", f"It has {', '.join(sorted(names))}.")
     by_frame, _ = _shapes_by_frame(task)
-    finished = set(json.loads(state.read_bytes())) if state.is_file() else set()
+    finished = _notes(state)
     done, work = Made(), []
     for frame, shapes in sorted(by_frame.items()):
         prompts = []
@@ -285,6 +285,16 @@ def auto_annotate(
         finished |= {_key(shape) for shape in prompts}
         write_atomically(state, json.dumps(sorted(finished)).encode())
     return done
+
+
+def _notes(state: Path) -> set[str]:
+    """The keys of what was done; RequestError when the file is another one."""
+    if not state.exists():
+        return set()
+    try:
+        return set(json.loads(state.read_bytes()))
+    except (ValueError, TypeError):
+        raise RequestError(f"{state} holds no notes of auto-annotate.", "Give another --state.") from None
 
 
 def _key(shape: Any) -> str:

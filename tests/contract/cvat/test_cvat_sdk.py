@@ -218,6 +218,15 @@ def test_only_some_labels_only_points_and_in_place(client, server, tmp_path):
         sdk.auto_annotate(client, 7, None, tmp_path / "s.json", labels=["dog"])
 
 
+@pytest.mark.parametrize("text", ["", "{", "5", "[[]]", "\xff"])
+def test_a_foreign_file_is_not_taken_for_notes(client, server, tmp_path, text):
+    state = tmp_path / "s.json"
+    state.write_text(text, "latin-1")
+    with pytest.raises(RequestError, match=r"s\.json holds no notes"):
+        sdk.auto_annotate(client, 7, None, state)
+    assert state.read_text("latin-1") == text
+
+
 # -- correct ----------------------------------------------------------------------------------------------------------
 
 
