@@ -130,6 +130,7 @@ class Annotators:
     def __init__(
         self, address: str, sizes: list[tuple[int, int]], users: int, drafts: list[list[Any]], pause_s: float = 0.0
     ) -> None:
+        self.answers: dict[tuple[int, int, int], httpx.Response] = {}
         self.masks: dict[tuple[int, int, int], bytes] = {}
         self.first_s: list[float] = []
         self.later_s: list[float] = []
@@ -150,21 +151,23 @@ class Annotators:
                     began = time.perf_counter()
                     answer = http.post("/predict", json=body)
                     spent = time.perf_counter() - began
-                    self._note(task, user, clicks, answer, spent)
+                    with self._lock:
+                        (self.first_s if clicks == 1 else self.later_s).append(spent)
+                        self.answers[task, user, clicks] = answer
                     time.sleep(self._pause_s)
 
-    def _note(self, task: int, user: int, clicks: int, answer: httpx.Response, spent: float) -> None:
-        width, height = self._sizes[task]
-        with self._lock:
-            (self.first_s if clicks == 1 else self.later_s).append(spent)
+    def _look(self) -> None:
+        """Read the answers: afterwards, because real users have machines of their own for that."""
+        for (task, user, clicks), answer in self.answers.items():
+            width, height = self._sizes[task]
             found = answer.json()["results"][0]["result"] if answer.status_code == 200 else []
-            if not found:
+            if found:
+                mask = brush_rle.decode(found[0]["value"]["rle"], height, width)
+                self.masks[task, user, clicks] = np.packbits(mask).tobytes()
+            else:
                 self.errors.append(
                     f"task {task}, user {user}, click {clicks}: {answer.status_code} {answer.text[:200]}"
                 )
-                return
-            mask = brush_rle.decode(found[0]["value"]["rle"], height, width)
-            self.masks[task, user, clicks] = np.packbits(mask).tobytes()
 
     def together(self) -> None:
         threads = [threading.Thread(target=self.work, args=(user,)) for user in range(self._users)]
@@ -172,10 +175,12 @@ class Annotators:
             thread.start()
         for thread in threads:
             thread.join()
+        self._look()
 
     def in_turn(self) -> None:
         for user in range(self._users):
             self.work(user)
+        self._look()
 
 
 def encodes(address: str) -> int:

@@ -19,6 +19,7 @@ from backends.common.settings import Settings
 from backends.label_studio.credentials import Credentials, is_personal_access_token
 from backends.label_studio.projects import Project, Projects
 from backends.label_studio.trace import Trace
+from inter2former.segmenter import ImageInfo, KnownImage
 
 FILES_BYTES = 256 * 2**20  # image files as they came; a click on a known image fetches nothing
 FETCHES = 24  # at once; each holds a thread of the server, at worst as long as a fetch may take
@@ -30,13 +31,14 @@ STORAGE_SCHEMES = ("s3://", "gs://", "azure-blob://", "azure_spi://")
 
 @dataclasses.dataclass(frozen=True)
 class ImageFile:
-    """The bytes of a task's image.
+    """The file of a task's image.
 
+    data   its bytes, with the image's name when they were kept: nobody has to hash them again
     key    their place in the memory of files; None when they came in the request
     task   the task's name in errors and the log
     """
 
-    data: bytes = dataclasses.field(repr=False)
+    data: bytes | KnownImage = dataclasses.field(repr=False)
     key: tuple[str, str, str] | None
     task: str
 
@@ -55,12 +57,14 @@ class TaskImages:
         self._credentials = Credentials(self._fetcher)
         self._places = threading.BoundedSemaphore(FETCHES)
         self._lock = threading.Lock()
-        self._files: cachetools.TTLCache[object, bytes] = cachetools.TTLCache(FILES_BYTES, FILES_TTL_S, getsizeof=len)
+        self._files: cachetools.TTLCache[object, KnownImage] = cachetools.TTLCache(
+            FILES_BYTES, FILES_TTL_S, getsizeof=lambda image: image.nbytes
+        )
 
     def close(self) -> None:
         self._fetcher.close()
 
-    def known(self, project: str, address: str) -> bytes | None:
+    def known(self, project: str, address: str) -> bytes | KnownImage | None:
         """The file, when it is there without asking anybody."""
         if _is_data(address):
             return decode_data_url(address, max_bytes=self._fetcher.max_bytes)
@@ -87,11 +91,13 @@ class TaskImages:
         finally:
             self._places.release()
 
-    def keep(self, file: ImageFile) -> None:
+    def keep(self, file: ImageFile, info: ImageInfo) -> None:
         """Remember a file that turned out to be an image, from when it was first seen."""
+        if file.key is None or isinstance(file.data, KnownImage):
+            return
         with self._lock:
-            if file.key is not None and file.key not in self._files and len(file.data) <= self._files.maxsize:
-                self._files[file.key] = file.data
+            if file.key not in self._files and len(file.data) <= self._files.maxsize:
+                self._files[file.key] = KnownImage(info, file.data)
 
     def forget(self, project: str, address: str) -> None:
         with self._lock:

@@ -37,12 +37,14 @@ from backends.label_studio.polarity import Polarities
 from backends.label_studio.projects import Project, Projects
 from backends.label_studio.trace import Trace
 from inter2former.errors import ImageError, Inter2FormerError
+from inter2former.runtime import native
 from inter2former.segmenter import KnownImage, Segmentation, Segmenter
 
 DOOR = "label_studio"
-PLACES = 24  # clicks that may be in work or waiting
+PLACES = 24  # clicks that may be in the line, the one included that is answered next
+AT_ONCE = 8  # clicks in work; more would wait for each other's Python
 # A click in work or waiting holds a thread of the server, and so does a fetch. The others answer /health and /setup.
-THREADS = PLACES + FETCHES + 8
+THREADS = PLACES + AT_ONCE + FETCHES + 8
 OBJECTS = 5000  # that are being clicked on; for the order of the line and the counters
 # A page shows only the answer to its newest request. Older ones that still wait go behind the others, and when as many
 # as this wait, so that others would soon be refused, they are answered with nothing.
@@ -65,8 +67,8 @@ class _Object:
 class Backend:
     """Answers Label Studio's calls with one segmenter. Thread-safe.
 
-    places   clicks that may be in work or waiting; fetching their images has places of its own (FETCHES), so that a
-             host that hangs holds up nobody whose image is known. The server needs more threads than both together
+    places   clicks that may be in the line; fetching their images has places of its own (FETCHES), so that a host that
+             hangs holds up nobody whose image is known. The server needs more threads than both and AT_ONCE together
     """
 
     def __init__(
@@ -84,7 +86,10 @@ class Backend:
         self._settings = settings
         self._projects = Projects(settings)
         self._images = TaskImages(settings, self._projects, fetcher)
-        self._admission = Admission(running=1, waiting=places - 1, wait_s=wait_s)  # of clicks
+        # Of clicks: one a core. The first has all threads, those beside it one each: together they are answered sooner
+        # than one after the other.
+        at_once = min(native.status().threads, AT_ONCE)
+        self._admission = Admission(running=at_once, waiting=places - 1, wait_s=wait_s)
         self._encodes = Admission(running=1, waiting=places - 1, wait_s=wait_s)
         self._polarity = Polarities(settings.memory_file)
         self._lock = threading.Lock()  # of the objects; nothing slow happens under it
@@ -276,14 +281,11 @@ class Backend:
         """The image with its name and, unless the cache is too small for it, its encoding."""
         try:
             if self.segmenter.is_encoded(file.data):
-                with trace.stage("decode_image"):
-                    return self.segmenter.known(file.data)
+                return self._named(file, trace)
             with contextlib.ExitStack() as turn:
                 with trace.stage("queue"):
                     turn.enter_context(self._encodes.turn(ticket, wait_s=wait_s))
-                with trace.stage("decode_image"):
-                    image = self.segmenter.known(file.data)
-                self._images.keep(file)
+                image = self._named(file, trace)
                 with trace.stage("encode"):
                     self.segmenter.prefetch(image)
             return image
@@ -291,6 +293,15 @@ class Backend:
             if file.key is None:
                 raise
             raise FetchError(f"{file.task}: {error}") from None
+
+    def _named(self, file: ImageFile, trace: Trace) -> KnownImage:
+        """The image with its name; its file is remembered, so that the next click neither fetches nor hashes it."""
+        if isinstance(file.data, KnownImage):
+            return file.data
+        with trace.stage("decode_image"):
+            image = self.segmenter.known(file.data)
+        self._images.keep(file, image.info)
+        return image
 
     def _enter(self, request: contract.PredictRequest, interaction: contract.Interaction) -> Ticket:
         """A place in the line for a request; an older one about the same object steps back. Counts what people do."""
@@ -392,7 +403,6 @@ class Backend:
         file = self._file(request, task, None, Trace())
         with self._admission.place() if waited_for else contextlib.nullcontext():
             self._known(file, Ticket(AHEAD), Trace(), wait_s=AHEAD_WAIT_S)
-        self._images.keep(file)
 
     def _encode_next(self, request: contract.PredictRequest) -> None:
         """The same for the tasks that the platform shows after this one."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from flask.testing import FlaskClient
 from ls_platform import mask_of
+
+from backends.label_studio.service import Backend
 
 CONFIG = """<View><Image name="image" value="$image"/>
 <KeyPointLabels name="kp" toName="image"><Label value="Cat"/><Label value="Cup"/></KeyPointLabels>
@@ -63,6 +66,15 @@ def answer(client: FlaskClient, request: dict[str, Any]) -> list[dict[str, Any]]
 def one_mask(client: FlaskClient, request: dict[str, Any]) -> np.ndarray:
     (region,) = answer(client, request)
     return mask_of(region)
+
+
+@contextlib.contextmanager
+def busy(backend: Backend) -> Iterator[None]:
+    """All turns to compute are taken: clicks wait."""
+    with contextlib.ExitStack() as turns:
+        while backend._admission._free:
+            turns.enter_context(backend._admission.turn())
+        yield
 
 
 def until(condition: Callable[[], bool]) -> None:

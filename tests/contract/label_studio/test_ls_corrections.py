@@ -13,7 +13,7 @@ import flask
 import numpy as np
 import pytest
 from flask.testing import FlaskClient
-from ls_calls import CONFIG, answer, body, click, one_mask, rectangle, until
+from ls_calls import CONFIG, answer, body, busy, click, one_mask, rectangle, until
 from ls_platform import Platform, at, mask_of, photo, recorded, request_of
 from PIL import Image
 
@@ -262,6 +262,15 @@ def test_prewarm_and_release(client: FlaskClient, segmenter: Segmenter, platform
 # -- ahead -----------------------------------------------------------------------------------------------------------
 
 
+def test_e3_a_file_that_was_forgotten_is_fetched_once_more(client: FlaskClient, platform: Platform) -> None:
+    one_mask(client, body(click(50, 50)))
+    released = {"event": "release"}
+    client.post("/predict", json={**body(), "params": {"context": released}})
+    for count in range(2, 5):  # the encoding is known all the time
+        one_mask(client, body(*[click(10 * i, 50) for i in range(1, count + 1)]))
+    assert platform.paths == ["/data/upload/1/a-chelsea.jpg"] * 2
+
+
 def test_opening_a_task_encodes_it_and_the_next_ones(
     make_app: Callable[..., flask.Flask], platform: Platform, segmenter: Segmenter
 ) -> None:
@@ -326,7 +335,7 @@ def test_superseded_clicks_step_back_and_are_dropped_under_load(
 
     for drop in (False, True):
         found.clear()
-        with backend._admission.turn():
+        with busy(backend):
             threads = [
                 ask("old", body(click(50, 50), click(70, 20, drop))),
                 ask("new", body(click(50, 50), click(70, 20, drop), click(20, 80))),

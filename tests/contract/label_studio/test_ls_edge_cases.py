@@ -18,7 +18,7 @@ import flask
 import numpy as np
 import pytest
 from flask.testing import FlaskClient
-from ls_calls import CONFIG, answer, body, click, one_mask, rectangle, until
+from ls_calls import CONFIG, answer, body, busy, click, one_mask, rectangle, until
 from ls_platform import LEGACY, PAT, Platform, at, decode_rle, mask_of, photo, recorded, request_of
 from PIL import Image
 
@@ -408,7 +408,7 @@ def test_e19_health_and_setup_are_answered_before_eight_predictions_that_wait(
     backend: Backend = app.extensions["inter2former"]
     one_mask(app.test_client(), body(click(50, 50)))
     with ThreadPoolExecutor(8) as pool:
-        with backend._admission.turn():
+        with busy(backend):
             waiting = [pool.submit(one_mask, app.test_client(), body(click(10 * i, 50))) for i in range(1, 9)]
             until(lambda: backend._admission.waiting == 8)
             assert app.test_client().get("/health").status_code == 200

@@ -1,5 +1,5 @@
 """A door as a process, from start to stop: where it listens (R41), whom it talks to (R42), what it measures (R43), what
-clients that go away leave behind (R14), and how it stops (R19). Longer versions are in tests/soak."""
+clients that go away leave behind (R14), who goes first (R11), how it stops (R19). Longer versions are in tests/soak."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from doors import (
     finish,
     listening,
     mask_in,
+    niceness,
     open_files,
     pictures,
     running,
@@ -36,7 +37,7 @@ LOOPBACK = "0100007F"  # 127.0.0.1, as the kernel writes it
 
 
 @pytest.mark.parametrize("kind", ["label_studio", "cvat"])
-def test_r14_r19_r41_r42_r43_from_start_to_stop(kind: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_r11_r14_r19_r41_r42_r43_from_start_to_stop(kind: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """One process, because starting one is what costs time."""
     shown = pictures(4)
     right = References(load_segmenter(tiny_checkpoint, threads=1))
@@ -44,6 +45,8 @@ def test_r14_r19_r41_r42_r43_from_start_to_stop(kind: str, tiny_checkpoint: Path
         assert listening(door.port) == {LOOPBACK}  # R41
         for picture in shown:
             assert np.array_equal(door.ask(picture, picture.clicks(3, 0)), right(picture, picture.clicks(3, 0)))
+        clicking, encoding = sorted(niceness(door.worker))
+        assert clicking < encoding  # R11
         files = open_files(door.worker)
         for n in range(24):  # as many as there are places
             abort(door, door.body(shown[0], shown[0].clicks(3, n)), n % 4)
