@@ -39,6 +39,9 @@ def pretrain(
     batch: Annotated[int, typer.Option(help="Crops a step, of each process.")] = loop.TrainConfig.batch,
     size: Annotated[list[int] | None, typer.Option(help="Side of crops, multiple of 16; may be repeated.")] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = loop.TrainConfig.lr,
+    dense_weight: Annotated[
+        float, typer.Option(help="Of the dense losses beside the clicks; 0 for weights whose features are good.")
+    ] = loop.TrainConfig.dense_weight,
     workers: Annotated[int, typer.Option(help="Data processes.")] = loop.TrainConfig.workers,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     amp: Annotated[bool, typer.Option(help="bfloat16 autocast.")] = loop.TrainConfig.amp,
@@ -56,6 +59,7 @@ def pretrain(
     pretraining.quiet_threads(threads)
     settings = loop.TrainConfig(
         seed=seed, minutes=minutes, max_steps=max_steps, dense_share=shares[stage], batch=batch, lr=lr,
+        dense_weight=dense_weight,
         sizes=tuple(size or loop.TrainConfig.sizes), freeze_norms=start is not None, workers=workers, amp=amp,
     )  # fmt: skip
     work = functools.partial(

@@ -171,14 +171,17 @@ class Trainer:
         image = normalise(batch["image"], batch["valid"])
         with self._autocast():
             features = self.model.encode_batch(image)
-            dense, parts = losses.dense_loss(self.head(features), batch, config.dense)
-            log = {name: float(v) for name, v in parts.items()}
-            loss = dense
+            loss, log = torch.zeros((), device=self.device), dict[str, float]()
+            share = (progress - config.dense_share) / max(1e-6, 1 - config.dense_share)
+            weight = config.dense_weight * (1 - 0.9 * min(1.0, max(0.0, share))) if phase.clicks else 1.0
+            if weight > 0:
+                dense, parts = losses.dense_loss(self.head(features), batch, config.dense)
+                log |= {name: float(v) for name, v in parts.items()}
+                loss = weight * dense
             if phase.clicks:
-                share = (progress - config.dense_share) / max(1e-6, 1 - config.dense_share)
-                clicks, more = self._click_loss(features, batch)
-                log |= more
-                loss = clicks + config.dense_weight * (1 - 0.9 * min(1.0, max(0.0, share))) * dense
+                clicks, figures = self._click_loss(features, batch)
+                log |= figures
+                loss = loss + clicks
         for group in self.optimizer.param_groups:
             group["lr"] = rate_at(progress, self.step, config)
         self.optimizer.zero_grad(set_to_none=True)
