@@ -20,13 +20,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple
 
+import cvat_sdk
 import numpy as np
 import typer
 import urllib3.exceptions
 from cvat_sdk import Client, models
 from cvat_sdk.core.client import AccessTokenCredentials
 from cvat_sdk.core.proxies.annotations import AnnotationUpdateAction
-from cvat_sdk.exceptions import ApiException
+from cvat_sdk.exceptions import ApiException, CvatSdkException, OpenApiException
 from cvat_sdk.masks import decode_mask
 from rich.console import Console
 from rich.progress import track
@@ -63,6 +64,11 @@ def connected() -> Iterator[Any]:
             yield client
     except ApiException as problem:
         raise FetchError(*_api_sentence(problem.status)) from None
+    except (OpenApiException, CvatSdkException) as problem:
+        raise FetchError(
+            f"CVAT's answers do not fit cvat-sdk {cvat_sdk.__version__} ({type(problem).__name__}).",
+            "Is CVAT_URL the address of CVAT? If so, install the cvat-sdk of its version.",
+        ) from None
     except urllib3.exceptions.HTTPError as problem:
         raise FetchError(f"CVAT at {settings.cvat_url} cannot be reached ({type(problem).__name__}).") from None
 

@@ -3,13 +3,14 @@
 import json
 import pathlib
 
+import flask
 import numpy as np
 import pytest
 import torch
 from cvat_sdk import Client
 from cvat_sdk.core.client import AccessTokenCredentials
 from cvat_sdk.masks import decode_mask, encode_mask
-from cvat_standin import StandIn
+from cvat_standin import StandIn, running
 from typer.testing import CliRunner
 
 from backends.common.http import FetchError, RequestError
@@ -248,6 +249,22 @@ def test_a_mask_is_corrected_by_clicks_in_its_place(client, server):
     for wrong in (101, 999):
         with pytest.raises(RequestError, match=rf"{wrong}\. It has: 100 \(cat, frame 0\)"):
             sdk.correct(client, 7, wrong, clicks, new_segmenter(), dry=False)
+
+
+def test_what_is_no_cvat_or_another_version_is_a_sentence(server, monkeypatch):
+    monkeypatch.setenv("CVAT_ACCESS_TOKEN", "secret")
+    server.tasks[7]["shapes"][0]["type"] = "of next year"
+    with server.running() as url:
+        monkeypatch.setenv("CVAT_URL", url)
+        with pytest.raises(FetchError, match=r"do not fit cvat-sdk \d"), sdk.connected() as client:
+            client.tasks.retrieve(7).get_annotations()
+    app = flask.Flask("something else")
+    app.add_url_rule("/", "all", lambda path="": "<html>", defaults={"path": ""})
+    app.add_url_rule("/<path:path>", "all")
+    with running(app) as url:
+        monkeypatch.setenv("CVAT_URL", url)
+        with pytest.raises(FetchError), sdk.connected() as client:
+            client.tasks.retrieve(7)
 
 
 # -- the command line -------------------------------------------------------------------------------------------------
