@@ -51,6 +51,7 @@ OBJECTS = 5000  # that are being clicked on; for the order of the line and the c
 DROP_SUPERSEDED = 16
 SUPERSEDED, AHEAD = 1, 2  # urgencies; a click that somebody waits for has 0
 AHEAD_WAIT_S = 600.0
+AHEAD_IMAGES = 4  # of a task that was opened; it may have hundreds of pages
 BATCH_S = 80.0  # Label Studio waits 100 s for a batch
 
 log = logging.getLogger(__name__)
@@ -147,16 +148,19 @@ class Backend:
             return contract.prediction([contract.capabilities(self.model_version)], 0.0, self.model_version)
         if len(request.tasks) != 1:
             return None
+        task = request.tasks[0]
+        addresses = contract.image_addresses(task, config)
         if request.event == "prewarm":
-            ready = self._is_encoded(request, request.tasks[0], config)
-            if not ready and request.wait:
-                self._encode(request, request.tasks[0], waited_for=True)
-                ready = True
-            elif not ready:
-                self._encode_ahead(request, request.tasks[0])
-            value = {"status": "ok", "cached": [0] if ready else [], "pending": [] if ready else [0]}
+            if request.wait:
+                self._encode(request, task, addresses, waited_for=True)
+            known = [self._is_encoded(request, address) for address in addresses]
+            if not all(known) and not request.wait:
+                self._encode_ahead(request, task)
+            numbers = {ready: [n for n, one in enumerate(known) if one is ready] for ready in (True, False)}
+            value = {"status": "ok", "cached": numbers[True], "pending": numbers[False]}
         elif request.event == "release":
-            self._images.forget(request.project, contract.image_address(request.tasks[0], config))
+            for address in addresses:
+                self._images.forget(request.project, address)
             value = {"status": "released"}
         else:
             return None
@@ -170,7 +174,7 @@ class Backend:
     ) -> dict[str, Any] | None:
         """The prediction, or None for nothing to say."""
         config = contract.parse_config(request.label_config)
-        control = config.mask_control(interaction.to_name)
+        control = config.mask_control(interaction.to_name, interaction.label)
         interaction = contract.without_spent_points(request.tasks[0], interaction)
         polarity = self._polarities(request, interaction)
         ticket = self._enter(request, interaction)
@@ -181,7 +185,8 @@ class Backend:
         existing = self._correctable(request.tasks[0], control, interaction)
         if not (interaction.rectangles or interaction.strokes or existing or any(polarity.values())):
             return None  # negative clicks alone
-        file = self._file(request, request.tasks[0], interaction, trace)
+        address = contract.image_address(request.tasks[0], config, interaction)
+        file = self._file(request, request.tasks[0], address, trace)
         with self._admission.place(), self.metrics.queue.track_inprogress():
             answer = self._answer(request, file, interaction, control, polarity, existing, ticket, trace)
         if answer is None or not answer["result"]:
@@ -189,14 +194,9 @@ class Backend:
         return answer
 
     def _file(
-        self,
-        request: contract.PredictRequest,
-        task: Mapping[str, Any],
-        interaction: contract.Interaction | None,
-        trace: Trace,
+        self, request: contract.PredictRequest, task: Mapping[str, Any], address: str, trace: Trace
     ) -> ImageFile:
-        """The file of the image that was clicked on, else of the first. BusyError when there is no place behind it."""
-        address = contract.image_address(task, contract.parse_config(request.label_config), interaction)
+        """The file behind an address. BusyError when there is no place in the line that comes after it."""
         if self._images.known(request.project, address) is None:
             with self._admission.place():  # who cannot be served hears it before the fetch, not after it
                 pass
@@ -380,7 +380,7 @@ class Backend:
         regions: list[dict[str, Any]] = []
         scores: list[float] = []
         for interaction in contract.objects_of_task(task, config, self.model_version):
-            control = config.mask_control(interaction.to_name)
+            control = config.mask_control(interaction.to_name, interaction.label)
             if control is None:
                 continue
             polarity = {point: point.positive is not False for point in interaction.points}
@@ -395,14 +395,39 @@ class Backend:
     # -- ahead -------------------------------------------------------------------------------------------------------
 
     def _encode_ahead(self, request: contract.PredictRequest, task: Mapping[str, Any]) -> None:
-        """Fetch and encode the image of a task in the background."""
-        self._ahead.do(lambda: self._encode(request, task))
+        """Fetch and encode the images of a task in the background, the first of them."""
 
-    def _encode(self, request: contract.PredictRequest, task: Mapping[str, Any], *, waited_for: bool = False) -> None:
-        """Fetch and encode the first image of a task, when nobody waits for another one."""
-        file = self._file(request, task, None, Trace())
-        with self._admission.place() if waited_for else contextlib.nullcontext():
-            self._known(file, Ticket(AHEAD), Trace(), wait_s=AHEAD_WAIT_S)
+        def work() -> None:
+            addresses = contract.image_addresses(task, contract.parse_config(request.label_config))
+            self._encode(request, task, addresses[:AHEAD_IMAGES])
+
+        self._ahead.do(work)
+
+    def _encode(
+        self,
+        request: contract.PredictRequest,
+        task: Mapping[str, Any],
+        addresses: Sequence[str],
+        *,
+        waited_for: bool = False,
+    ) -> None:
+        """Fetch and encode images of a task, when nobody waits for another one; as many as there is time for.
+
+        raises  the error of the first that failed, after the others
+        """
+        end = time.monotonic() + BATCH_S
+        failed: Inter2FormerError | None = None
+        for address in addresses:
+            try:
+                file = self._file(request, task, address, Trace())
+                with self._admission.place() if waited_for else contextlib.nullcontext():
+                    self._known(file, Ticket(AHEAD), Trace(), wait_s=AHEAD_WAIT_S)
+            except Inter2FormerError as error:
+                failed = failed or error
+            if time.monotonic() > end:
+                break
+        if failed is not None:
+            raise failed
 
     def _encode_next(self, request: contract.PredictRequest) -> None:
         """The same for the tasks that the platform shows after this one."""
@@ -432,11 +457,9 @@ class Backend:
         tasks = listed.get("tasks") if isinstance(listed, dict) else None
         return [task for task in tasks[:count] if isinstance(task, dict)] if isinstance(tasks, list) else []
 
-    def _is_encoded(
-        self, request: contract.PredictRequest, task: Mapping[str, Any], config: contract.LabelConfig
-    ) -> bool:
-        """Whether a click on the task's first image would wait for nothing."""
-        data = self._images.known(request.project, contract.image_address(task, config))
+    def _is_encoded(self, request: contract.PredictRequest, address: str) -> bool:
+        """Whether a click on the image would wait for nothing."""
+        data = self._images.known(request.project, address)
         return data is not None and self.segmenter.is_encoded(data)
 
 

@@ -293,7 +293,8 @@ def recommended_config(text: str, labels: tuple[str, ...] = ()) -> str:
     """The guide's config with the labels, the image's name and its key of another config."""
     config = contract.parse_config(text)
     labels = labels or next((control.labels for control in config.controls if control.labels), ("Object",))
-    tag, key = next(iter(config.images.items()), ("image", "$image"))
+    paged = not config.images and bool(config.lists)
+    tag, key = next(iter((*config.images.items(), *config.lists.items())), ("image", "$image"))
 
     def entries(more: str = "") -> str:
         return "".join(f"\n    <Label value={quoteattr(label)}{more}/>" for label in labels)
@@ -302,7 +303,7 @@ def recommended_config(text: str, labels: tuple[str, ...] = ()) -> str:
     smart = 'smart="true" smartOnly="true"'
     inline = ' showInline="true"'
     return (
-        f'<View>\n  <Image name={image} value={quoteattr(key)} zoom="true"/>\n'
+        f'<View>\n  <Image name={image} {"valueList" if paged else "value"}={quoteattr(key)} zoom="true"/>\n'
         f'  <KeyPointLabels name="point" toName={image} {smart}>{entries(inline)}\n  </KeyPointLabels>\n'
         f'  <RectangleLabels name="box" toName={image} {smart}>{entries(inline)}\n  </RectangleLabels>\n'
         f'  <BrushLabels name="brush" toName={image} smart="false">{entries()}\n  </BrushLabels>\n</View>\n'
@@ -368,9 +369,17 @@ def precompute_project(
             "label_config": project.get("label_config", ""),
             "params": {"context": {"event": "prewarm", "wait": True}},
         }
-        answer = backend.call("POST", "/predict", json=body)
-        if answer.is_success:
-            return ""
+        left = 10**9
+        while True:  # a task with many pages is answered in parts
+            answer = backend.call("POST", "/predict", json=body)
+            if not answer.is_success:
+                break
+            pending = 0
+            with contextlib.suppress(ValueError, LookupError, TypeError):
+                pending = len(answer.json()["results"][0]["result"][0]["value"]["pending"])
+            if not 0 < pending < left:  # done, or no room for all of them
+                return ""
+            left = pending
         try:
             return str(answer.json().get("detail", answer.status_code))
         except ValueError:

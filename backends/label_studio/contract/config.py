@@ -28,6 +28,11 @@ class Control:
     to_name: str
     labels: tuple[str, ...]
 
+    @property
+    def for_boxes(self) -> bool:
+        """Its regions are boxes and not masks."""
+        return self.kind.startswith("rectangle")
+
 
 @dataclasses.dataclass(frozen=True)
 class LabelConfig:
@@ -38,13 +43,17 @@ class LabelConfig:
     lists: Mapping[str, str] = dataclasses.field(default_factory=dict)  # tag name -> "$key" of a list of pages
     problem: str = ""
 
-    def mask_control(self, to_name: str) -> Control | None:
-        """The control for answers on this Image tag, the best kind of MASK_CONTROLS."""
-        for kind in MASK_CONTROLS:
-            for control in self.controls:
-                if control.kind == kind and control.to_name == to_name:
-                    return control
-        return None
+    def mask_control(self, to_name: str, label: str | None = None) -> Control | None:
+        """The control for answers on this Image tag: for masks if there is one, that has the label if one has it, the
+        best kind of MASK_CONTROLS.
+        """
+        fitting = [
+            control
+            for kind in MASK_CONTROLS
+            for control in self.controls
+            if (control.kind, control.to_name) == (kind, to_name)
+        ]
+        return min(fitting, key=lambda one: (one.for_boxes, control_label(one, label) is None), default=None)
 
     def warnings(self) -> tuple[str, ...]:
         """What an administrator should know; empty when the config is fine."""
@@ -58,11 +67,14 @@ class LabelConfig:
                     f"Image {tag!r} has no BrushLabels, Brush, BitmaskLabels or PolygonLabels: no masks there."
                 )
                 continue
-            if mask.kind.startswith("rectangle"):
+            if mask.for_boxes:
                 found.append(f"Image {tag!r} has no control for masks: {mask.name!r} gets boxes around them.")
-            for control in self.controls:
-                smart = control.kind in ("keypointlabels", "rectanglelabels") and control.to_name == tag
-                if smart and mask.labels and set(control.labels) != set(mask.labels):
+            here = [control for control in self.controls if control.to_name == tag]
+            masks = [one for one in here if one.kind in MASK_CONTROLS and one.for_boxes == mask.for_boxes]
+            offered = {label for control in masks for label in control.labels}
+            for control in here:
+                smart = control.kind in ("keypointlabels", "rectanglelabels")
+                if smart and all(one.labels for one in masks) and set(control.labels) != offered:
                     found.append(f"The labels of {control.name!r} and {mask.name!r} differ.")
         if not self.images and not self.lists:
             found.append("There is no Image tag with a value.")

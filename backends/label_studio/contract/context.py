@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from backends.label_studio.contract.foreign import as_number, as_object, as_text
+from backends.label_studio.contract.foreign import as_index, as_number, as_object, as_text
 from backends.label_studio.contract.values import Rectangle, box_of, clamp
 from inter2former.errors import PromptError
 from inter2former.images import MAX_PIXELS
@@ -128,13 +128,12 @@ def regions_of(
         name = entry.get("id")
         region_id = name if isinstance(name, str) and name else ""
         key: object = region_id or position
-        index = entry.get("item_index")
         region = found.setdefault(
             key,
             _Region(
                 region=region_id,
                 to_name=as_text(entry.get("to_name")),
-                item_index=index if isinstance(index, int) and not isinstance(index, bool) else None,
+                item_index=as_index(entry.get("item_index")),
             ),
         )
         region.label = region.label if region.label is not None else label_of(entry)

@@ -30,3 +30,9 @@ def as_number(value: Any) -> float | None:
     except OverflowError:
         return None
     return number if math.isfinite(number) else None
+
+
+def as_index(value: Any) -> int | None:
+    """A whole number, also one written as 1.0, or None."""
+    number = as_number(value)
+    return int(number) if number is not None and number.is_integer() else None

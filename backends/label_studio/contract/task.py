@@ -21,7 +21,7 @@ from backends.label_studio.contract.context import (
     polarity_of,
     regions_of,
 )
-from backends.label_studio.contract.foreign import as_number, as_object, as_objects, as_text
+from backends.label_studio.contract.foreign import as_index, as_number, as_object, as_objects, as_text
 from backends.label_studio.contract.pixels import pixel
 from backends.label_studio.contract.values import Mask, Rectangle, region_mask
 from inter2former.errors import PromptError
@@ -30,29 +30,46 @@ _KEY = r"\$\w+(?:\.\w+)*"
 _SAME_PIXEL = 0.05  # pixels; percent and back
 
 
-def image_address(task: Mapping[str, Any], config: LabelConfig, interaction: Interaction | None = None) -> str:
-    """The address that the task's data give for an Image tag, as it stands there.
-
-    Without an interaction: of the first Image tag and page.
+def image_address(task: Mapping[str, Any], config: LabelConfig, interaction: Interaction) -> str:
+    """The address that the task's data give for the Image tag and page of an interaction, as it stands there.
 
     raises  RequestError when the config has no such tag, or the task no such key
     """
-    if interaction is None:
-        tag = next(iter((*config.images, *config.lists)), "")
-    else:
-        tag = interaction.to_name
+    tag = interaction.to_name
+    pages = _addresses(task, config, tag)
+    index = (interaction.item_index or 0) if tag not in config.images else 0
+    if not 0 <= index < len(pages):
+        raise RequestError(f"The task has no page {index} for the Image tag {tag[:80]!r}.")
+    address = pages[index]
+    if address is None:
+        raise RequestError(f"The task has no image address under {_source(config, tag)[:80]!r}.")
+    return address
+
+
+def image_addresses(task: Mapping[str, Any], config: LabelConfig) -> tuple[str, ...]:
+    """The addresses of all its images, in the order of Image tags and pages, each once.
+
+    raises  RequestError when there is none
+    """
+    tags = (*config.images, *config.lists)
+    found = tuple(dict.fromkeys(filter(None, (one for tag in tags for one in _addresses(task, config, tag)))))
+    if not found:
+        raise RequestError("The task has no image address that the labeling config names.")
+    return found
+
+
+def _source(config: LabelConfig, tag: str) -> str:
     source = config.images.get(tag) or config.lists.get(tag)
     if source is None:
         raise RequestError(f"The labeling config has no Image tag {tag[:80]!r} with a value.")
-    found = _from_data(task, source)
-    if tag not in config.images:
-        index = (interaction.item_index if interaction else None) or 0
-        if not isinstance(found, list) or not 0 <= index < len(found):
-            raise RequestError(f"The task has no page {index} for the Image tag {tag[:80]!r}.")
-        found = found[index]
-    if not isinstance(found, str) or not found.strip():
-        raise RequestError(f"The task has no image address under {source[:80]!r}.")
-    return found.strip()
+    return source
+
+
+def _addresses(task: Mapping[str, Any], config: LabelConfig, tag: str) -> list[str | None]:
+    """Of the pages of an Image tag, one for a tag without pages; None where there is none."""
+    found = _from_data(task, _source(config, tag))
+    pages = [found] if tag in config.images else found if isinstance(found, list) else []
+    return [page.strip() or None if isinstance(page, str) else None for page in pages]
 
 
 def _from_data(task: Mapping[str, Any], source: str) -> Any:
@@ -96,7 +113,7 @@ def existing_masks(task: Mapping[str, Any], control: Control, interaction: Inter
     label = control_label(control, interaction.label)
     found = []
     for entry in _on_the_page(task):
-        region, index = as_text(entry.get("id")), entry.get("item_index")
+        region, index = as_text(entry.get("id")), as_index(entry.get("item_index"))
         if (
             region
             and as_text(entry.get("type")) == control.kind  # the entry of the clicking control has the same id
@@ -129,7 +146,7 @@ def without_spent_points(task: Mapping[str, Any], interaction: Interaction) -> I
         return interaction
     spent: list[tuple[float, float]] = []
     for entry in _on_the_page(task):
-        place = (as_text(entry.get("to_name")), entry.get("item_index"))
+        place = (as_text(entry.get("to_name")), as_index(entry.get("item_index")))
         if place == (interaction.to_name, interaction.item_index):
             made = as_object(as_object(entry.get("meta")).get("inter2former")).get("clicks")
             for click in made if isinstance(made, list) else ():

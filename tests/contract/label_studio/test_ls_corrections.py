@@ -290,6 +290,29 @@ def test_opening_a_task_encodes_it_and_the_next_ones(
     assert platform.paths == ["/data/upload/1/7e9f4e0c-chelsea.jpg"]
 
 
+def test_prewarm_takes_all_images_of_a_task(client: FlaskClient, segmenter: Segmenter, platform: Platform) -> None:
+    config = CONFIG.replace('value="$image"', 'valueList="$pages"').replace(
+        "<View>", '<View><Image name="other" value="$other"/>'
+    )
+    pages = ["/data/upload/1/a-coffee.jpg", None, "/data/no", "/data/upload/1/b-chelsea.jpg"]
+    task = {"pages": pages, "other": "/data/upload/1/a-coffee.jpg"}
+    request = body(config=config, image=task)
+    request["params"] = {"context": {"event": "prewarm", "wait": True}}
+    response = client.post("/predict", json=request)
+    assert response.status_code == 502  # says which failed, after the others
+    assert "HTTP 404" in response.json["detail"]
+    assert segmenter.encodes == 2
+    request["params"]["context"]["wait"] = False
+    (said,) = answer(client, request)
+    assert (said["value"]["cached"], said["value"]["pending"]) == ([0, 2], [1])
+    pages.remove("/data/no")
+    request["params"]["context"]["wait"] = True
+    (said,) = answer(client, request)
+    assert (said["value"]["cached"], said["value"]["pending"]) == ([0, 1], [])
+    assert answer(client, body(click(50, 50, item_index=2.0), config=config, image=task))[0]["item_index"] == 2
+    assert segmenter.encodes == 2
+
+
 def test_r11_a_click_on_a_known_image_does_not_wait_for_an_encode(client: FlaskClient) -> None:
     backend: Backend = client.application.extensions["inter2former"]
     one_mask(client, body(click(50, 50)))

@@ -13,6 +13,8 @@ from flask.testing import FlaskClient
 from ls_calls import CONFIG, answer, body, click, one_mask, rectangle
 from ls_platform import Platform, mask_of, recorded, request_of
 
+from backends.label_studio import contract
+
 RECORDED = ("06", "07", "08", "09", "10", "11", "12", "13", "14", "17", "18", "51", "52", "53", "54", "55", "56", "57")
 
 
@@ -57,6 +59,27 @@ def test_one_control_for_several_image_tags(client: FlaskClient, platform: Platf
     (region,) = answer(client, body(click(50, 50, to_name="right"), config=config, image=images))
     assert (region["from_name"], region["to_name"]) == ("brush", "right")
     assert platform.paths == ["/data/upload/1/b-chelsea.jpg"]
+
+
+def test_of_several_controls_the_one_that_has_the_label(client: FlaskClient) -> None:
+    labels = '<Label value="Cat"/><Label value="Cup"/><Label value="Sky"/>'
+    config = f"""<View><Image name="image" value="$image"/>
+    <KeyPointLabels name="kp" toName="image">{labels}</KeyPointLabels>
+    <RectangleLabels name="box" toName="image">{labels}</RectangleLabels>
+    <BrushLabels name="animals" toName="image"><Label value="Cat"/></BrushLabels>
+    <BrushLabels name="things" toName="image"><Label value="Cup"/></BrushLabels></View>"""
+
+    def answered(label: str) -> tuple[str, Any]:
+        entry = click(50, 50, value={"x": 50, "y": 50, "keypointlabels": [label]})
+        (region,) = answer(client, body(entry, config=config))
+        return region["from_name"], region["value"].get("brushlabels")
+
+    assert answered("Cat") == ("animals", ["Cat"])
+    assert answered("cup ") == ("things", ["Cup"])
+    assert answered("Sky") == ("animals", None)  # a mask without a label rather than a box
+    assert contract.parse_config(config).warnings()  # Sky is nobody's
+    fine = config.replace('<Label value="Sky"/>', "")
+    assert contract.parse_config(fine).warnings() == ()
 
 
 @pytest.mark.parametrize(

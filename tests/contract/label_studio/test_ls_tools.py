@@ -53,6 +53,7 @@ class Servers:
         if request.url.path == "/metrics":
             return httpx.Response(200, text=self.metrics[0] if len(self.metrics) == 1 else self.metrics.pop(0))
         answer = self.answers[f"{request.method} {request.url.path}"]
+        answer = answer.pop(0) if isinstance(answer, list) and request.url.path == "/predict" else answer
         return answer if isinstance(answer, httpx.Response) else httpx.Response(200, json=answer)
 
     def pair(self, token: str = PAT) -> tuple[LabelStudio, BackendServer]:
@@ -146,6 +147,16 @@ def test_precompute_asks_for_every_task_and_says_what_failed() -> None:
     assert said == ["Task 1: gone"] * 3
 
 
+def test_precompute_asks_until_all_pages_of_a_task_are_known() -> None:
+    def said(*pending: int) -> httpx.Response:
+        value = {"status": "ok", "cached": [], "pending": pending}
+        return httpx.Response(200, json={"results": [{"result": [{"type": "prewarm_ack", "value": value}]}]})
+
+    for answers in ([said(0, 1, 2), said(2), said()], [said(1, 2), said(1, 2)]):  # there is no room for more than that
+        result = precompute_project(*Servers(**{"POST /predict": answers}).pair(), 3, limit=1)
+        assert (result.done, result.failed, answers) == (1, 0, [])
+
+
 @pytest.mark.parametrize(("budget", "place"), [(0, "cache"), (2e9, "folder")])
 def test_precompute_ends_when_what_keeps_the_encodings_is_full(budget: float, place: str) -> None:
     """The folder, where there is one; that memory makes room all the time ends nothing then."""
@@ -169,4 +180,6 @@ def test_the_recommended_config_keeps_labels_and_image() -> None:
     assert config.images == {'p"ic': "$url"}
     assert {control.labels for control in config.controls} == {("a<b",)}
     assert contract.parse_config(GOOD).controls[0].labels == ("Cat", "Cup")
+    paged = contract.parse_config(recommended_config('<View><Image name="doc" valueList="$pages"/></View>'))
+    assert paged.lists == {"doc": "$pages"}
     assert fix_for("no idea") == ""
