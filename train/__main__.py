@@ -14,6 +14,7 @@ from train import pretrain as pretraining
 from train.calibrate import command as calibrate
 from train.distill import command as distill
 from train.finetune import finetune
+from train.slim import command as slim
 
 app = typer.Typer(help="Train Inter2Former.", no_args_is_help=True, add_completion=False)
 
@@ -94,6 +95,7 @@ def teacher(
 app.command()(finetune)
 app.command("distill")(distill)
 app.command("calibrate")(calibrate)
+app.command("slim")(slim)
 
 
 if __name__ == "__main__":
