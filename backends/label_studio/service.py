@@ -193,9 +193,7 @@ class Backend:
             return None
         return answer
 
-    def _file(
-        self, request: contract.PredictRequest, task: Mapping[str, Any], address: str, trace: Trace
-    ) -> ImageFile:
+    def _file(self, request: contract.PredictRequest, task: Mapping[str, Any], address: str, trace: Trace) -> ImageFile:
         """The file behind an address. BusyError when there is no place in the line that comes after it."""
         if self._images.known(request.project, address) is None:
             with self._admission.place():  # who cannot be served hears it before the fetch, not after it
