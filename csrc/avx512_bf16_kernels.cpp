@@ -17,11 +17,12 @@ constexpr int kTile = 12;  // 24 sums, two weights and a broadcast in 32 registe
 #include "vector.inc"
 #include "simd_kernels.inc"
 #include "click_kernels.inc"
+#include "convolution_kernels.inc"
 
 }  // namespace
 
 const Kernels kAvx512Bf16 = {
     "avx512", "32 bfloat16 a step, x86 with AVX-512 F, BW, DQ, VL, BF16", L, kTile, ffn, gates, min_max, find, transition,
-    P, kPairs, linear, norm, pack_pixels, taps, up_row, attend, bsq};
+    P, kPairs, linear, norm, pack_pixels, taps, up_row, attend, bsq, tile_in, tile_out};
 
 }  // namespace i2f

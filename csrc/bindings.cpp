@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "convolution.h"
 #include "decoder.h"
 #include "dispatch.h"
 #include "hmoe.h"
@@ -24,7 +25,7 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int kInterface = 4;  // runtime/native.py asks for exactly this
+constexpr int kInterface = 5;  // runtime/native.py asks for exactly this
 constexpr std::int64_t kMaxSide = 1 << 20;
 constexpr int kMaxThreads = 1024;
 
@@ -447,6 +448,75 @@ py::array_t<std::uint8_t> apply_prediction(const py::object& state_object, const
     return out;
 }
 
+class Convolution {
+public:
+    Convolution(const py::object& weight, const py::object& bias, const std::string& isa)
+        : convolution_(make(weight, bias, kernels_named(isa))) {}
+
+    // -> result, its sum, the sum of its squares
+    std::tuple<py::array_t<float>, double, double> forward(const py::object& x_object,
+                                                           const std::optional<py::object>& scale,
+                                                           const std::optional<py::object>& shift,
+                                                           const std::optional<py::object>& add, bool silu) const {
+        const auto x = typed<float>(x_object, "x", 3);
+        require_shape(x, "x", {x.shape(0), x.shape(1), convolution_->inputs()});
+        require_contiguous(x, "x");
+        if (x.shape(0) > kMaxSide || x.shape(1) > kMaxSide) throw py::value_error("x has too many pixels.");
+        if (scale.has_value() != shift.has_value()) throw py::value_error("scale and shift go together.");
+        const auto given = [](const std::optional<py::object>& object, const char* name,
+                              const std::vector<std::int64_t>& shape) {
+            const auto array = typed<float>(*object, name, static_cast<py::ssize_t>(shape.size()));
+            require_shape(array, name, shape);
+            require_contiguous(array, name);
+            return array;
+        };
+        std::vector<py::array_t<float>> alive;
+        const auto data = [&](const std::optional<py::object>& object, const char* name,
+                              const std::vector<std::int64_t>& shape) -> const float* {
+            if (!object) return nullptr;
+            alive.push_back(given(object, name, shape));
+            return alive.back().data();
+        };
+        py::array_t<float> out(std::vector<py::ssize_t>{x.shape(0), x.shape(1), convolution_->outputs()});
+        const i2f::ConvolutionCall call{x.data(),
+                                        x.shape(0),
+                                        x.shape(1),
+                                        data(scale, "scale", {convolution_->inputs()}),
+                                        data(shift, "shift", {convolution_->inputs()}),
+                                        data(add, "add", shape_of(out)),
+                                        silu,
+                                        out.mutable_data()};
+        double sums[2] = {};
+        {
+            const py::gil_scoped_release unlocked;
+            convolution_->run(call, sums);
+        }
+        return {out, sums[0], sums[1]};
+    }
+
+    std::string isa() const { return convolution_->kernels().name; }
+    std::size_t nbytes() const { return convolution_->bytes(); }
+
+private:
+    static std::unique_ptr<i2f::Convolution> make(const py::object& weight_object, const py::object& bias_object,
+                                                  const i2f::Kernels& kernels) {
+        const auto weight = typed<float>(weight_object, "weight", 4);
+        const std::int64_t out = weight.shape(0);
+        const std::int64_t in = weight.shape(1);
+        if (out < 1 || in < 1 || out > kMaxSide || in > kMaxSide) {
+            throw py::value_error("weight must have shape [out, in, 3, 3], not " + shape_text(shape_of(weight)) + ".");
+        }
+        require_shape(weight, "weight", {out, in, 3, 3});
+        require_contiguous(weight, "weight");
+        const auto bias = typed<float>(bias_object, "bias", 1);
+        require_shape(bias, "bias", {out});
+        require_contiguous(bias, "bias");
+        return std::make_unique<i2f::Convolution>(in, out, weight.data(), bias.data(), kernels);
+    }
+
+    std::unique_ptr<i2f::Convolution> convolution_;
+};
+
 std::vector<std::tuple<std::string, std::string, std::string>> instruction_sets(const std::string& precision) {
     std::vector<std::tuple<std::string, std::string, std::string>> rows;
     for (const i2f::Path& path : i2f::paths(precision_named(precision))) {
@@ -487,4 +557,11 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
              py::arg("sines"), py::arg("state"), py::arg("box") = py::none())
         .def_property_readonly("isa", &Decoder::isa)
         .def_property_readonly("nbytes", &Decoder::nbytes);
+    py::class_<Convolution>(m, "Convolution")
+        .def(py::init<const py::object&, const py::object&, const std::string&>(), py::arg("weight"), py::arg("bias"),
+             py::arg("isa") = "auto")
+        .def("forward", &Convolution::forward, py::arg("x"), py::arg("scale") = py::none(),
+             py::arg("shift") = py::none(), py::arg("add") = py::none(), py::arg("silu") = false)
+        .def_property_readonly("isa", &Convolution::isa)
+        .def_property_readonly("nbytes", &Convolution::nbytes);
 }

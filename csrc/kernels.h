@@ -98,6 +98,30 @@ struct CodeValues {
     const float* values;    // [ceil(a / P)][2^bits][P] sum of their values; pairs as in KeyValues
 };
 
+// A tile of 6 x 6 pixels, of which rows top .. bottom - 1 and columns left .. right - 1 lie on the map; zeros around.
+struct TileIn {
+    const float* x;      // the first pixel that lies on the map, channel after channel
+    std::ptrdiff_t row;  // floats from row to row
+    std::int64_t channels;
+    int top, bottom, left, right;
+    const float *scale, *shift;  // [channels], or null: take silu(scale x + shift) instead of x
+    float* out;                  // 36 points [channels]
+    std::ptrdiff_t point;        // floats from point to point
+};
+
+// A tile of 4 x 4 pixels from its products, or those of them that lie on the map.
+struct TileOut {
+    const float* products;  // as TileIn::out
+    std::ptrdiff_t point;
+    std::int64_t channels;
+    const float* bias;   // [channels]
+    const float* add;    // as out, or null
+    bool silu;           // applied at last
+    float* out;          // the first pixel
+    std::ptrdiff_t row;  // of out and of add
+    int rows, columns;
+};
+
 constexpr std::int64_t kKeyChunk = 512;   // keys whose scores are held at a time
 constexpr std::int64_t kQueryRows = 24;   // queries a call of `attend` or `bsq`
 constexpr std::int64_t kPairFloats = 1 << 14;            // of rows that `linear` holds as pairs: 64 KB of stack
@@ -157,6 +181,10 @@ struct Kernels {
     // The same over codes instead of keys; scratch of bsq_floats().
     void (*bsq)(const CodeValues& codes, const float* q, std::ptrdiff_t q_stride, std::int64_t count, float* out,
                 std::ptrdiff_t out_stride, float* scratch);
+
+    // See convolution_kernels.inc. sums: of the result and of its squares.
+    void (*tile_in)(const TileIn& tile);
+    void (*tile_out)(const TileOut& tile, float* sums);
 };
 
 // 32-bit words of a row or column of `terms`.

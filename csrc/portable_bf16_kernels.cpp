@@ -17,11 +17,12 @@ constexpr int kTile = 6;  // 12 sums and their operands in 16 registers
 #include "vector.inc"
 #include "simd_kernels.inc"
 #include "click_kernels.inc"
+#include "convolution_kernels.inc"
 
 }  // namespace
 
 const Kernels kPortableBf16 = {
     "portable", "8 bfloat16 in two steps, any CPU", L, kTile, ffn, gates, min_max, find, transition,
-    P, kPairs, linear, norm, pack_pixels, taps, up_row, attend, bsq};
+    P, kPairs, linear, norm, pack_pixels, taps, up_row, attend, bsq, tile_in, tile_out};
 
 }  // namespace i2f

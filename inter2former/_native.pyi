@@ -57,3 +57,19 @@ class Decoder:
     def isa(self) -> str: ...
     @property
     def nbytes(self) -> int: ...
+
+class Convolution:
+    def __init__(self, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32], isa: str = "auto") -> None: ...
+    def forward(
+        self,
+        x: npt.NDArray[np.float32],
+        scale: npt.NDArray[np.float32] | None = None,
+        shift: npt.NDArray[np.float32] | None = None,
+        add: npt.NDArray[np.float32] | None = None,
+        silu: bool = False,
+    ) -> tuple[npt.NDArray[np.float32], float, float]:
+        """Result [H, W, D], its sum, the sum of its squares."""
+    @property
+    def isa(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...

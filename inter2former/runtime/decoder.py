@@ -9,6 +9,7 @@ well, for every border a crop can have, and taken off again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -199,30 +200,27 @@ def _packed(parts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     first, last = slice(0, None, step), slice(step - 1, None, step)  # of each token
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def keep(part: Tensor, owed: Tensor | float = 0.0) -> Tensor:
-        """Pack part + owed; returns how far that is from the part."""
-        wanted = part + owed
+    def keep(part: Tensor, wanted: Tensor) -> Callable[..., Tensor]:
+        """Pack what is wanted in the place of a part; returns how far from the part that is, at places to be given."""
         middle = wanted.mean((-1, -2), keepdim=True)
         blocks = _blocks(wanted - middle)
         unit = (blocks.abs().amax(1, keepdim=True) / _STEPS).to(torch.bfloat16)
         by = unit.float().clamp_min(torch.finfo(torch.float32).tiny)
-        steps = (blocks / by).round_()
+        steps = blocks.div_(by).round_()
         kept.append((steps.to(torch.int16).flatten(), unit.flatten(), middle.reshape(-1, whole.shape[0])))
-        return (steps * by).flatten()[: part.numel()].view(part.shape) + middle - part
+        packed = steps.mul_(by).flatten()[: part.numel()].view(part.shape)
+        return lambda *at: packed[at] + middle - part[at]
 
-    off = keep(whole)
-    lines = keep(above, off[:, first]), keep(below, off[:, last])
-    columns = [keep(part, off[:, :, at].transpose(1, 2)) for part, at in ((left, first), (right, last))]
-    keep(
-        corners,
-        torch.stack(
-            [
-                line[:, :, across] + column[:, :, down].transpose(1, 2) - off[:, down][:, :, across]
-                for line, down in zip(lines, (first, last), strict=True)
-                for column, across in zip(columns, (first, last), strict=True)
-            ]
-        ),
-    )
+    every = slice(None)
+    off = keep(whole, whole)
+    lines = [keep(part, part + off(every, at)) for part, at in ((above, first), (below, last))]
+    columns = [keep(part, part + off(every, every, at).transpose(1, 2)) for part, at in ((left, first), (right, last))]
+    owed = [
+        line(every, every, across) + column(every, every, down).transpose(1, 2) - off(every, down, across)
+        for line, down in zip(lines, (first, last), strict=True)
+        for column, across in zip(columns, (first, last), strict=True)
+    ]
+    keep(corners, corners + torch.stack(owed))
     steps, units, middles = (torch.cat(column) for column in zip(*kept, strict=True))
     return steps, units, middles
 

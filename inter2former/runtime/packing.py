@@ -2,9 +2,9 @@
 
 Clicks go to the native decoder where there is a compiled module. Linear layers get oneDNN's own weight layout
 (private operators that inductor's freezing uses: twice the speed of the plain product on CPUs where the BLAS is slow,
-equal elsewhere), batch norms fold into their convolutions, convolutions run channels last, group norms add up in
-float64, constants of the weights are computed once. Each step keeps the function up to float32 rounding; the plain
-model is the twin that tests compare with.
+equal elsewhere), batch norms fold into their convolutions, convolutions run channels last and those of wide maps in
+the native module, group norms add up in float64, constants of the weights are computed once. Each step keeps the
+function up to float32 rounding; the plain model is the twin that tests compare with.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from inter2former.nn.encoder import Block, ConvUnit
+from inter2former.nn.canny import ResidualBlock
+from inter2former.nn.encoder import Block, ConvStem, ConvUnit
 from inter2former.nn.model import Inter2Former
 from inter2former.runtime import native
+from inter2former.runtime.convolution import GroupAffine, NativeStage, NativeUnit, means
 from inter2former.runtime.decoder import FusedDecoder
 from inter2former.runtime.rounding import with_rounded_products
 
 _LOG = logging.getLogger(__name__)
 _ROWS_HINT = 4096  # tokens at T = 1024; one packing serves every number of rows
 _TYPES: dict[native.Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_WIDE: dict[native.Precision, int] = {"float32": 24, "bfloat16": 64}  # channels; below, oneDNN is as fast
 
 
 class PackedLinear(nn.Module):
@@ -71,22 +74,19 @@ class MapNorm(nn.Module):
     """Group norm of one group over a channels-last map, with sums that are exact enough for millions of numbers.
 
     PyTorch's own kernel adds them up in float32 in that layout: at T = 1024 maps come out wrong in the fourth digit,
-    and differently with every number of threads. Here a row is one sum, and rows are added in float64.
+    and differently with every number of threads. Here sums are those of `means`.
     """
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
-        self.weight, self.bias, self.eps = norm.weight.double(), norm.bias.double(), norm.eps
+        self._affine = GroupAffine(norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W], any layout and precision -> float32, the same shape, channels last."""
         B, C, H, W = x.shape
         rows = x.float().permute(0, 2, 3, 1).reshape(B, H, W * C)
-        mean = rows.sum(2).double().sum(1) / (C * H * W)
-        square = torch.linalg.vector_norm(rows, dim=2).double().square().sum(1) / (C * H * W)
-        scale = self.weight * ((square - mean.square()).clamp_min(0) + self.eps).rsqrt()[:, None]  # [B, C]
-        shift = self.bias - mean[:, None] * scale
-        out = torch.addcmul(shift.float().repeat(1, W)[:, None], rows, scale.float().repeat(1, W)[:, None])
+        scale, shift = self._affine(*means(rows))  # [B, C]
+        out = torch.addcmul(shift.repeat(1, W)[:, None], rows, scale.repeat(1, W)[:, None])
         return out.view(B, H, W, C).permute(0, 3, 1, 2)
 
 
@@ -121,6 +121,8 @@ def pack(model: Inter2Former, precision: native.Precision = "float32") -> Inter2
         for module in model.modules():
             if isinstance(module, ConvUnit):
                 _fold_norms(module)
+        if compiled is not None:
+            _use_native_convolutions(model, compiled, _WIDE[precision])
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         _replace(model.canny_net, nn.GroupNorm, MapNorm)
         model.prompt.fix_background()
@@ -138,7 +140,7 @@ def pack(model: Inter2Former, precision: native.Precision = "float32") -> Inter2
             if compiled is None and precision == "float32":
                 _replace(model, nn.Linear, PackedLinear)
         if precision == "bfloat16":
-            for part in (model.encoder, model.canny_net, model.skips):
+            for part in (model.encoder.stem, model.canny_net, model.skips):
                 _replace(part, nn.Conv2d, RoundedConv)
     return model
 
@@ -147,6 +149,19 @@ def _fold_norms(unit: ConvUnit) -> None:
     for conv, norm in (("down", "norm"), ("conv1", "norm1"), ("conv2", "norm2")):
         setattr(unit, conv, fuse_conv_bn_eval(getattr(unit, conv), getattr(unit, norm)))
         setattr(unit, norm, nn.Identity())
+
+
+def _use_native_convolutions(model: Inter2Former, compiled: Any, channels: int) -> None:
+    """In the stem's units and CannyNet's stages of at least so many channels."""
+    stem, stages = model.encoder.stem, model.canny_net.stages
+    if isinstance(stem, ConvStem):
+        for index, unit in enumerate(stem.units):
+            if isinstance(unit, ConvUnit) and unit.conv1.in_channels >= channels:
+                stem.units[index] = NativeUnit(unit, compiled)
+    for index, stage in enumerate(stages):
+        blocks = [block for block in stage.children() if isinstance(block, ResidualBlock)]
+        if blocks and blocks[0].conv1.in_channels >= channels:
+            stages[index] = NativeStage(blocks, compiled)
 
 
 def _replace(module: nn.Module, kind: type[nn.Module], by: Callable[[Any], nn.Module]) -> None:

@@ -29,7 +29,13 @@ def trained_looking(**changes: object) -> Inter2Former:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"stem": "patch", "stem_channels": (), "up_norm": "group"}], ids=["conv stem", "patch stem"]
+    "changes",
+    [
+        {},
+        {"stem": "patch", "stem_channels": (), "up_norm": "group"},
+        {"stem_channels": (8, 24, 32), "embed_dim": 32, "up_channels": (32, 24, 4, 4), "edge_blocks": (0, 1, 2, 1)},
+    ],
+    ids=["conv stem", "patch stem", "wide maps"],
 )
 def test_packed_equals_plain(changes: dict[str, object]) -> None:
     plain = trained_looking(**changes)
