@@ -135,6 +135,7 @@ class TaskImages:
         raise UrlError(f"Image addresses of {kind[:20]!r} are not fetched.", "Use http, https, or a platform's own.")
 
     def _get(self, url: str, project: Project | None) -> bytes:
+        url = url.replace(" ", "%20")  # as browsers do, so the page shows such an image
         platform = project.platform if project else None
         if project is None or platform is None or Origin.of(url) != platform.origin:
             return self._fetcher.get(url, platform=platform)

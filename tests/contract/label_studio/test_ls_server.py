@@ -238,6 +238,8 @@ def test_images_by_every_kind_of_address(client: FlaskClient, platform: Platform
     for address, path in (
         ("/data/local-files/?d=set1/chelsea.jpg", "/data/local-files/?d=set1/chelsea.jpg"),
         (f"{platform.url}/data/local-files/?d=set2/chelsea.jpg", "/data/local-files/?d=set2/chelsea.jpg"),
+        ("/data/upload/1/my photo-chelsea.jpg", "/data/upload/1/my%20photo-chelsea.jpg"),
+        ("/data/upload/1/фото-chelsea.jpg", "/data/upload/1/%D1%84%D0%BE%D1%82%D0%BE-chelsea.jpg"),
         ("s3://bucket/my photos/chelsea.jpg", "/tasks/1/presign/?fileuri=czM6Ly9idWNrZXQvbXkgcGhvdG9zL2NoZWxzZWEuanBn"),
         ("/storage-data/uploaded/?filepath=upload/1/chelsea.jpg", None),
     ):
@@ -281,6 +283,8 @@ def test_a_platform_that_lives_in_a_folder(make_app: Callable[..., flask.Flask],
         "http://10.0.0.1/x",
         "\ud800",
         "http://\ud800/",
+        "http://a host/x.png",
+        "http://host/x\ty.png",
         "javascript:1",
         "data:text/html,x",
         "data:image/png;base64,AAAA",
