@@ -215,8 +215,11 @@ def test_r20_failing_sources_do_not_stop_other_clicks(
     """R20: ten clients ask for images that hang, drip, break off or are refused, others click on good ones: those are
     answered rightly, and every bad one is told with its cause before the time limit."""
 
+    limit_s = 5  # good images come from this busy process too, and have to be in time
+    seconds = times(60, 12)
+
     def hang(handler: BaseHTTPRequestHandler) -> None:
-        time.sleep(3)
+        time.sleep(3 * limit_s)
 
     def cut(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
@@ -226,8 +229,7 @@ def test_r20_failing_sources_do_not_stop_other_clicks(
 
     bad = {"/data/hang.png": hang, "/data/cut.png": cut, "/data/gone.png": lambda h: send(h, 410, b"")}
     images.faults |= bad
-    seconds = times(60, 4)
-    environment = {"I2F_FETCH_TIMEOUT_S": "1"}
+    environment = {"I2F_FETCH_TIMEOUT_S": str(limit_s)}
     with running("label_studio", tiny_checkpoint, tmp_path, images, environment=environment) as door:
         end = time.monotonic() + seconds
 
@@ -252,7 +254,7 @@ def test_r20_failing_sources_do_not_stop_other_clicks(
             told = [answer for one in asking for answer in one.result()]
         assert {status for status, _ in told} <= {502, 503, 504}
         note("R20 answers about bad images", len(told))
-        note("R20 slowest of them, s (limit 1)", max(spent for _, spent in told))
+        note(f"R20 slowest of them, s (limit {limit_s})", max(spent for _, spent in told))
         note("R20 good clicks meanwhile", len(good))
         note("R20 p95 of good clicks, ms", 1000 * float(np.percentile(good, 95)))
         assert "Traceback" not in door.text()
