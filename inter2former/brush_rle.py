@@ -37,7 +37,7 @@ def encode(mask: NDArray[np.generic]) -> list[int]:
     if inside.ndim != 2 or inside.size == 0:
         raise PromptError(f"A brush mask is an array [height, width], not one of shape {list(inside.shape)}.")
     _check_size(*inside.shape)
-    flat = (inside != 0).ravel()
+    flat = (inside if inside.dtype == np.bool_ else inside != 0).ravel()
 
     starts = np.concatenate(([0], np.flatnonzero(flat[1:] != flat[:-1]) + 1))
     lengths = np.diff(starts, append=flat.size) * 4  # in values: four channels a pixel

@@ -38,7 +38,9 @@ from inter2former.segmenter import Segmenter, load_segmenter
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-ENCODE_NICENESS = 10  # above that of clicks: a tenth of their share of a busy core, all of an idle one
+# Above that of clicks: a quarter of a core that a click wants too, all of an idle one. Ten were a tenth: on a machine that
+# is busy with other things first clicks then wait too long.
+ENCODE_NICENESS = 5
 SWITCH_S = 0.0005  # a thread back from native code waits so long for one in Python, ten times less than by default
 START_FAILED = 4  # gunicorn's exit status for an application that cannot be loaded: it does not try again
 
