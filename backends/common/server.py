@@ -38,8 +38,8 @@ from inter2former.segmenter import Segmenter, load_segmenter
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-# Above that of clicks: a quarter of a core that a click wants too, all of an idle one. Ten were a tenth: on a machine that
-# is busy with other things first clicks then wait too long.
+# Above that of clicks: a quarter of a core that a click wants too, all of an idle one. With ten it is a tenth, and the
+# first clicks wait too long on a machine that is busy with other things.
 ENCODE_NICENESS = 5
 SWITCH_S = 0.0005  # a thread back from native code waits so long for one in Python, ten times less than by default
 START_FAILED = 4  # gunicorn's exit status for an application that cannot be loaded: it does not try again
