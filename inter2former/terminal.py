@@ -34,7 +34,13 @@ def print_scores(summary: dict[str, Any]) -> None:
 
 
 def _score_head(key: str) -> str:
-    for start, head in (("miou@", "mIoU@"), ("biou@", "BIoU@"), ("noc", "NoC"), ("score_mae@", "score error@")):
+    for start, head in (
+        ("miou@", "mIoU@"),
+        ("biou@", "BIoU@"),
+        ("noc", "NoC"),
+        ("grown@", "grown@"),
+        ("score_mae@", "score error@"),
+    ):
         if key.startswith(start):
             return head + key.removeprefix(start)
     return _SCORE_HEADS[key]

@@ -227,6 +227,7 @@ def test_summary():
         "noc85": 11.5,
         "noc90": 12.0,
         "noc95": 12.0,
+        "grown@10": 100.0,
         "nof90": 1,
     }
     assert summary["mean"]["miou@5"] == pytest.approx((53.0 + 10.0) / 2)  # sources weigh the same
@@ -240,6 +241,11 @@ def test_a_short_run_has_only_the_figures_it_can_have():
     figures = summarise([score("a", [0.1, 0.2, 0.3])])["sources"]["a"]
     assert set(figures) == {"objects", "miou@1", "miou@3", "noc85", "noc90", "noc95", "nof90"}
     assert figures["noc90"] == 3
+
+
+def test_masks_that_get_worse_are_counted():
+    worse, same = [0.1, 0.2, 0.9] + [0.8] * 17, [0.5] * 20
+    assert summarise([score("a", worse), score("a", same)])["sources"]["a"]["grown@10"] == 50.0
 
 
 def test_the_error_of_the_predicted_iou():
