@@ -178,10 +178,13 @@ def polarity_of(entry: Mapping[str, Any]) -> bool | None:
 
 
 def label_of(entry: Mapping[str, Any]) -> str | None:
-    """The first label of `value[type]`, of `value.labels`, or of any list of labels in the value."""
+    """The first label of `value[type]`, of `value.labels`, or of any list of labels in the value.
+
+    What a choice or a text about the region says is no label.
+    """
     value = as_object(entry.get("value"))
-    keys = [as_text(entry.get("type")), "labels", *(key for key in value if str(key).endswith("labels"))]
-    for key in keys:
+    keys = [as_text(entry.get("type")), "labels", *map(str, value)]
+    for key in (key for key in keys if key.endswith("labels")):
         labels = value.get(key)
         if isinstance(labels, list) and labels and isinstance(labels[0], str):
             return labels[0]

@@ -51,6 +51,16 @@ def test_the_label_may_come_before_the_point(client: FlaskClient) -> None:
     assert np.array_equal(mask_of(region), one_mask(client, body(first, click(50, 50, False))))
 
 
+def test_what_is_said_about_a_region_is_no_label(client: FlaskClient) -> None:
+    said = click(50, 50, None, type="choices", from_name="state", value={"x": 50, "y": 50, "choices": ["Cup"]})
+    written = click(50, 50, None, type="textarea", from_name="note", value={"x": 50, "y": 50, "text": ["Cup"]})
+    point = click(50, 50, False)
+    first = {**click(20, 50), "id": "first"}
+    (region,) = answer(client, body(first, said, point, written))
+    assert region["value"]["brushlabels"] == ["Cat"]
+    assert np.array_equal(mask_of(region), one_mask(client, body(first, point)))
+
+
 def test_one_control_for_several_image_tags(client: FlaskClient, platform: Platform) -> None:
     config = """<View><Image name="left" value="$a"/><Image name="right" value="$b"/>
     <KeyPointLabels name="kp" toName="left, right"><Label value="Cat"/></KeyPointLabels>
