@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "packing.h"
 #include "thread_pool.h"
@@ -95,10 +96,12 @@ Hmoe::Hmoe(const HmoeSource& source, const Kernels& kernels)
             packed.norm_weight = norm_weight;
             packed.norm_bias = norm_bias;
         }
-        const std::int64_t columns = blocks_of(experts + 1, 2 * lanes) * 2 * lanes;
+        const std::int64_t columns = round_to(experts, lanes);
         float* gate_w = packer.take(columns * d);
         float* gate_b = packer.take(columns);
-        gates_ = {d, experts, gate_w, gate_b, pack_vector(packer, source.expert_bias, experts, 1)};
+        float* bias = packer.take(columns);
+        const float* shared_gate = pack_vector(packer, source.shared_gate_weight, d, lanes);
+        gates_ = {d, experts, gate_w, gate_b, bias, shared_gate, source.shared_gate_bias[0]};
         if (counting) {
             size_ = packer.used();
             memory_ = allocate<float>(size_);
@@ -106,17 +109,19 @@ Hmoe::Hmoe(const HmoeSource& source, const Kernels& kernels)
             continue;
         }
         for (std::int64_t e = 0; e < experts; ++e) {
-            pack_column(source.expert_gate_weight + e * d, d, 2 * lanes, e, false, gate_w);
+            const std::int64_t first = e / (2 * lanes) * 2 * lanes;  // of the panel
+            pack_column(source.expert_gate_weight + e * d, d, std::min(2 * lanes, columns - first), e - first, false,
+                        gate_w + first * d);
             gate_b[e] = source.expert_gate_bias[e];
         }
-        pack_column(source.shared_gate_weight, d, 2 * lanes, experts, false, gate_w);
-        gate_b[experts] = source.shared_gate_bias[0];
+        std::fill_n(bias, columns, -std::numeric_limits<float>::infinity());
+        std::copy_n(source.expert_bias, experts, bias);
     }
 }
 
 std::size_t Hmoe::scratch_floats() const {
     const std::int64_t step = 2 * kernels_.lanes;
-    const std::int64_t widest = std::max(blocks_of(hidden_, step), blocks_of(gates_.experts + 1, step)) * step;
+    const std::int64_t widest = std::max(blocks_of(hidden_, step), blocks_of(gates_.experts, step)) * step;
     return round_up(static_cast<std::size_t>(kMaxRows * (widest + round_to(width_, step))), kAlignment / sizeof(float));
 }
 

@@ -26,8 +26,6 @@ struct HmoeSource {
     const float* expert_bias;                            // [E]
 };
 
-constexpr std::int64_t kMaxExperts = 64;
-
 class Hmoe {
 public:
     Hmoe(const HmoeSource& source, const Kernels& kernels);  // throws std::bad_alloc

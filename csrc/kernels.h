@@ -26,13 +26,15 @@ struct FfnWeights {
     const float* b3;           // [d rounded up to 2L]
 };
 
-// The gates of all experts, then the gate of the shared network, as one linear map of E + 1 columns.
+// The gates of all experts as one linear map, and the gate of the shared network.
 struct GateWeights {
     std::int64_t width;    // d
     std::int64_t experts;  // E
-    const float* w;        // [ceil((E + 1) / 2L)][d][2L]
-    const float* b;        // [E + 1 rounded up to 2L]
-    const float* bias;     // [E]; moves the choice of the expert, never its weight
+    const float* w;        // [ceil(E / 2L)][d][2L]; the last panel is L wide where that is enough
+    const float* b;        // [E rounded up to L]
+    const float* bias;     // [E rounded up to L], -infinity behind; moves the choice of the expert, never its weight
+    const float* shared;   // [d rounded up to L]
+    float shared_b;
 };
 
 // Up to kMaxRows rows of x and of the result. Row i is at index[i], or at first + i where index is null.
@@ -47,6 +49,7 @@ struct Rows {
 };
 
 constexpr std::int64_t kMaxRows = 48;
+constexpr std::int64_t kMaxExperts = 64;
 constexpr float kNormEps = 1e-5F;
 
 // A linear layer for a path of P columns a panel (Kernels::panel).

@@ -16,11 +16,12 @@ std::int64_t row_of(const Rows& rows, std::int64_t i) {
     return rows.index != nullptr ? static_cast<std::int64_t>(rows.index[i]) : rows.first + i;
 }
 
-// sum[0 .. 2L) = bias + x . panel, terms added in the order of k
-void product(const float* x, std::int64_t terms, const float* panel, const float* bias, float* sum) {
-    for (std::int64_t j = 0; j < 2 * L; ++j) {
+// sum[0 .. width) = bias + x . panel, terms added in the order of k
+void product(const float* x, std::int64_t terms, const float* panel, const float* bias, float* sum,
+             std::int64_t width = 2 * L) {
+    for (std::int64_t j = 0; j < width; ++j) {
         sum[j] = bias[j];
-        for (std::int64_t k = 0; k < terms; ++k) sum[j] += x[k] * panel[2 * L * k + j];
+        for (std::int64_t k = 0; k < terms; ++k) sum[j] += x[k] * panel[width * k + j];
     }
 }
 
@@ -59,18 +60,21 @@ void ffn(const FfnWeights& weights, const Rows& rows, const float* share, float*
 }
 
 void gates(const GateWeights& weights, const Rows& rows, std::int32_t* chosen, float* share, float* scratch) {
-    const std::int64_t columns = weights.experts + 1;
+    const std::int64_t columns = round_to(weights.experts, L);
     for (std::int64_t i = 0; i < rows.count; ++i) {
         const float* x = rows.x + row_of(rows, i) * rows.x_stride;
         for (std::int64_t j0 = 0; j0 < columns; j0 += 2 * L) {
-            product(x, weights.width, weights.w + j0 * weights.width, weights.b + j0, scratch + j0);
+            const std::int64_t width = columns - j0 < 2 * L ? L : 2 * L;
+            product(x, weights.width, weights.w + j0 * weights.width, weights.b + j0, scratch + j0, width);
         }
+        float shared = 0.0F;
+        product(x, weights.width, weights.shared, &weights.shared_b, &shared, 1);
         std::int32_t best = 0;
         for (std::int32_t e = 1; e < weights.experts; ++e) {
             if (sigmoid(scratch[e]) + weights.bias[e] > sigmoid(scratch[best]) + weights.bias[best]) best = e;
         }
         chosen[i] = best;
-        share[i] = sigmoid(sigmoid(scratch[weights.experts]) - sigmoid(scratch[best]));
+        share[i] = sigmoid(sigmoid(shared) - sigmoid(scratch[best]));
     }
 }
 
