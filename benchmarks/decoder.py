@@ -31,7 +31,7 @@ import typer
 
 from benchmarks.results import write_result
 from inter2former import reference_mask
-from inter2former.bench import Action, box_of, disc, sam2_tiny, sam_vit_b, upsample_in
+from inter2former.bench import PAUSE_S, Action, box_of, disc, sam2_tiny, sam_vit_b, upsample_in
 from inter2former.config import PRESETS
 from inter2former.files import write_atomically
 from inter2former.images import Frame
@@ -120,6 +120,7 @@ def timed(actions: dict[str, Action], runs: int, clock: Callable[[], float]) -> 
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for index in range(runs + 1):
         for name, action in actions.items():
+            time.sleep(PAUSE_S)
             began = clock()
             action()
             if index > 0:

@@ -23,6 +23,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -31,6 +32,7 @@ import typer
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.decoder import timed
 from benchmarks.results import write_result
 from inter2former.config import base
 from inter2former.files import write_atomically
@@ -195,13 +197,7 @@ def measure(runs: int, clock: Callable[[], float]) -> list[dict[str, Any]]:
                 for name in contenders.keys() - {"loop", "bfloat16", "dense"}:
                     if not torch.allclose(contenders[name](x, edge), want, atol=TOLERANCE):
                         raise SystemExit(f"{name} does not agree with the plain network.")
-                seconds: dict[str, list[float]] = {name: [] for name in contenders}
-                for index in range(runs + 1):
-                    for name, forward in contenders.items():
-                        began = clock()
-                        forward(x, edge)
-                        if index > 0:
-                            seconds[name].append(clock() - began)
+                seconds = timed({name: partial(forward, x, edge) for name, forward in contenders.items()}, runs, clock)
             row: dict[str, Any] = {"experts": count, "tokens": n}
             for name, values in seconds.items():
                 row[f"{name}_ms"] = round(1000 * statistics.median(values), 3)

@@ -51,6 +51,9 @@ Mask = npt.NDArray[np.bool_]
 Action = Callable[[], object]
 
 SESSION_CLICKS = 20
+PAUSE_S = (
+    0.01  # before each timed action: threads of the contender before still look for work on their cores for a while
+)
 SESSION_AREA = 0.10  # of the object of a first click and a session
 
 
@@ -386,6 +389,7 @@ def _rows(
     for index in range(runs + 1):
         for contender in contenders:
             action = action_of(contender, index)
+            time.sleep(PAUSE_S)
             start = time.perf_counter()
             action()
             if index > 0:
