@@ -15,6 +15,7 @@ from train.calibrate import command as calibrate
 from train.distill import command as distill
 from train.finetune import finetune
 from train.slim import command as slim
+from train.soup import command as soup
 
 app = typer.Typer(help="Train Inter2Former.", no_args_is_help=True, add_completion=False)
 
@@ -96,6 +97,7 @@ app.command()(finetune)
 app.command("distill")(distill)
 app.command("calibrate")(calibrate)
 app.command("slim")(slim)
+app.command("soup")(soup)
 
 
 if __name__ == "__main__":

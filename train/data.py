@@ -57,7 +57,7 @@ class DrawConfig:
     size: int = 256  # pixels; large enough for context, small enough for two cores
     targets: int = 3  # objects a crop: the others share the encoder's work, two thirds of a step
     smallest: float = 0.0012  # of the crop; below it outlines are noise
-    paste: float = 0.35  # of the crops get pasted objects: exact outlines on unlimited backgrounds
+    paste: float = 0.5  # of the crops get pasted objects: exact outlines on unlimited backgrounds
     union: float = 0.12  # touching regions together: both granularities must be reachable
     minus: float = 0.06  # object without a part: holes, garments
     complement: float = 0.05  # background as the target
