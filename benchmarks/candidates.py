@@ -43,7 +43,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "width 256": {"encoder_dim": 256, "encoder_heads": 8},
     "anchor 256": {"anchor_size": 256},
     "one expert": {"n_experts": 1},
-    "from background": {"initial_reference": 1},
+    "from unknown": {"initial_reference": 2},
+    "exact edges": {"edge_rule": "exact"},
 }
 SESSION = 5  # clicks; the first one pays for the image
 CLICKS = 20
