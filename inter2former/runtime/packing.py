@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from inter2former.nn.canny import ResidualBlock
-from inter2former.nn.encoder import Block, ConvStem, ConvUnit
+from inter2former.nn.encoder import Attention, Block, ConvStem, ConvUnit, PatchStem
 from inter2former.nn.model import Inter2Former
 from inter2former.runtime import native
 from inter2former.runtime.convolution import GroupAffine, NativeStage, NativeUnit, means
@@ -28,6 +28,8 @@ from inter2former.runtime.rounding import with_rounded_products
 
 _LOG = logging.getLogger(__name__)
 _ROWS_HINT = 4096  # tokens at T = 1024; one packing serves every number of rows
+_CHAIN = 128  # terms of a product of queries and keys that are added before the next ones join
+_BLOCK_ROWS = 256  # rows whose partial sums stay in a core's cache
 _TYPES: dict[native.Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WIDE: dict[native.Precision, int] = {"float32": 24, "bfloat16": 64}  # channels; below, oneDNN is as fast
 
@@ -55,6 +57,63 @@ class PackedLinear(nn.Module):
             x.to(self._type), self._packed, self._bias, finish, [], algorithm
         )
         return out if self._gelu else out.float()
+
+
+class SplitQkv(nn.Module):
+    """Packed projection to queries, keys and values; the sums of the first two are made of short chains.
+
+    Softmax multiplies what queries and keys are off: in one chain they made half of the squared distance of the tokens
+    from float64, and a code of the click that lies as close to zero falls on the other side.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight, bias = linear.weight.detach(), linear.bias.detach()
+        self._split = 2 * len(weight) // 3
+        exact, values = weight.split([self._split, len(weight) - self._split])
+        self._parts = [_packed(part) for part in exact.split(_CHAIN, dim=1)]
+        self._values = _packed(values)
+        self._bias, self._values_bias = bias[: self._split].clone(), bias[self._split :].clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x float32 [..., C] -> [..., 3 C]."""
+        rows = x.flatten(0, -2)
+        out = rows.new_empty(len(rows), len(self._bias) + len(self._values_bias))
+        for block, to in zip(rows.split(_BLOCK_ROWS), out.split(_BLOCK_ROWS), strict=True):
+            bias: Tensor | None = self._bias
+            total: Tensor | None = None
+            for terms, weight in zip(block.split(_CHAIN, dim=1), self._parts, strict=True):
+                part = _product(terms, weight, bias)
+                total, bias = part if total is None else total.add_(part), None
+            to[:, : self._split] = total
+            to[:, self._split :] = _product(block, self._values, self._values_bias)
+        return out.view(*x.shape[:-1], out.shape[1])
+
+
+def _packed(weight: Tensor) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
+    return out
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+class ExactPatches(nn.Module):
+    """Patch layer in float64: its error would go through all blocks, and it is a hundredth of an encode."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self._side = conv.kernel_size[0]
+        self._weight = conv.weight.detach().double().contiguous().flatten(1)
+        self._bias = None if conv.bias is None else conv.bias.detach().double()
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image float32 [B, c, H, W] -> [B, d, H / side, W / side]."""
+        grid = image.double().unflatten(3, (-1, self._side)).unflatten(2, (-1, self._side))  # [B, c, h, side, w, side]
+        rows = grid.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return nn.functional.linear(rows, self._weight, self._bias).float().permute(0, 3, 1, 2)
 
 
 class RoundedConv(nn.Module):
@@ -136,9 +195,13 @@ def pack(model: Inter2Former, precision: native.Precision = "float32") -> Inter2
                 if isinstance(block, Block):
                     block.fc1 = PackedLinear(block.fc1, precision, gelu=True)  # type: ignore[assignment]
                     block.gelu = nn.Identity()  # type: ignore[assignment]
+                if isinstance(block, Attention) and precision == "float32":
+                    block.qkv = SplitQkv(block.qkv)  # type: ignore[assignment]
             _replace(model.encoder, nn.Linear, functools.partial(PackedLinear, precision=precision))
             if compiled is None and precision == "float32":
                 _replace(model, nn.Linear, PackedLinear)
+        if precision == "float32" and isinstance(model.encoder.stem, PatchStem):
+            _replace(model.encoder.stem, nn.Conv2d, ExactPatches)
         if precision == "bfloat16":
             for part in (model.encoder.stem, model.canny_net, model.skips):
                 _replace(part, nn.Conv2d, RoundedConv)

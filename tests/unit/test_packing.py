@@ -76,6 +76,24 @@ def test_a_packed_linear_gives_a_row_the_same_bits_in_any_batch() -> None:
         assert np.array_equal(linear(x[row : row + 1]).numpy()[0], whole.numpy()[row])
 
 
+def test_the_split_projection_agrees_with_float64() -> None:
+    """Rows and terms that fill no block, one part and several."""
+    if not packing.packed_linear_works():
+        pytest.skip("no packed operators on this CPU")
+    for width, rows in ((40, 1), (128, 7), (300, 515)):
+        linear = torch.nn.Linear(width, 3 * width).requires_grad_(False)
+        x = torch.randn(2, rows, width)
+        want = torch.nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double())
+        torch.testing.assert_close(packing.SplitQkv(linear)(x), want.float(), atol=3e-6, rtol=0)
+
+
+def test_patches_are_rounded_once() -> None:
+    conv = torch.nn.Conv2d(3, 20, 16, 16).requires_grad_(False).to(memory_format=torch.channels_last)
+    image = torch.randn(2, 3, 48, 32)
+    want = copy.deepcopy(conv).double()(image.double())
+    torch.testing.assert_close(packing.ExactPatches(conv)(image), want.float(), atol=1e-7, rtol=1e-7)
+
+
 def test_without_the_private_operators_the_plain_layers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(linear: torch.nn.Linear) -> torch.nn.Module:
         raise AttributeError("no such operator")
