@@ -55,11 +55,12 @@ def make_features(model: Inter2Former, size: int) -> Features:
     return Features(torch.randn(1, model.config.embed_dim, side, side), edges)
 
 
-def scene(size: int, area: float | None) -> tuple[Reference, Box]:
-    """The reference mask before the click, and the object's box in tokens. None: the first click."""
+def scene(size: int, area: float | None, initial: int = reference_mask.UNKNOWN) -> tuple[Reference, Box]:
+    """The reference mask before the click, and the object's box in tokens. None: the first click, which finds every
+    pixel at `initial`."""
     inside = disc(size, FIRST_CLICK_AREA if area is None else area)
     if area is None:
-        reference = reference_mask.initial(size)
+        reference = reference_mask.initial(size, initial)
     else:
         reference = np.where(
             inside, np.uint8(reference_mask.POSSIBLE_FOREGROUND), np.uint8(reference_mask.POSSIBLE_BACKGROUND)
@@ -179,7 +180,7 @@ def measure(
     rows = []
     moved = []
     for area in (None, 0.10) if large else (None, *AREAS):
-        reference, box = scene(size, area)
+        reference, box = scene(size, area, model.config.initial_reference)
         exact, near = (one.click(encoding, reference, box).inside > 0 for one in (decoder, rounding))
         moved.append(float((exact != near).mean()))
         actions = {

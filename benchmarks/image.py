@@ -82,7 +82,7 @@ def our_actions(preset: str, size: int, precision: native.Precision = "float32")
         "encode": lambda: packed.encode(image),
         "edges": edges,
         "click": ours(decoder, encoding, frame, *scene(size, AREA)),
-        "first_click": ours(decoder, encoding, frame, *scene(size, None)),
+        "first_click": ours(decoder, encoding, frame, *scene(size, None, plain.config.initial_reference)),
     }
 
 
