@@ -102,8 +102,11 @@ import hashlib, json, multiprocessing, sys, threading
 from inter2former.segmenter import load_segmenter
 from doors import pictures
 
+# Made before any thread: a cached_property has a lock, which a fork may find taken.
+asked = [(p.png, p.clicks(3, 0)) for p in pictures(3)]
+
 def answers(segmenter):
-    return [hashlib.sha256(segmenter.segment(p.png, p.clicks(3, 0)).mask.tobytes()).hexdigest() for p in pictures(3)]
+    return [hashlib.sha256(segmenter.segment(*one).mask.tobytes()).hexdigest() for one in asked]
 
 def in_child(segmenter, pipe):
     pipe.send(answers(segmenter))
