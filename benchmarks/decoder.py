@@ -116,6 +116,30 @@ def tokens_of(reference: Reference, box: Box, size: int) -> dict[str, int]:
     return {"edge_tokens": int(edge.sum()), "object_tokens": (right - left) * (bottom - top)}
 
 
+def use_threads(threads: int, clock: str) -> Callable[[], float]:
+    """Give every library that many threads; returns the clock to time with, seconds.
+
+    clock   wall, or cpu: this thread's own time
+    raises  SystemExit for another clock, or cpu with more than one thread
+    """
+    if clock not in ("wall", "cpu") or (clock == "cpu" and threads != 1):
+        raise SystemExit("--clock is wall or cpu; cpu counts one thread only, so give --threads 1.")
+    torch.set_num_threads(threads)
+    cv2.setNumThreads(threads)
+    native.set_threads(threads)
+    return time.perf_counter if clock == "wall" else time.thread_time
+
+
+def random_model(preset: str, size: int) -> tuple[Inter2Former, Features, Any]:
+    """A model with random weights, the features of an image for it, and the native module; SystemExit without one."""
+    torch.manual_seed(0)
+    model = Inter2Former(PRESETS[preset]()).eval()
+    compiled = native.module()
+    if compiled is None:
+        raise SystemExit("The native module is not there.")
+    return model, make_features(model, size), compiled
+
+
 def timed(actions: dict[str, Action], runs: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds of each, a run each; contenders take turns, after one turn that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
@@ -165,12 +189,7 @@ def measure(
     others: dict[str, Action],
     twin: bool,
 ) -> dict[str, Any]:
-    torch.manual_seed(0)
-    model = Inter2Former(PRESETS[preset]()).eval()
-    features = make_features(model, size)
-    compiled = native.module()
-    if compiled is None:
-        raise SystemExit("The native module is not there.")
+    model, features, compiled = random_model(preset, size)
     decoder = FusedDecoder(model, compiled)
     rounding = FusedDecoder(model, compiled, precision="bfloat16")
     encoding = decoder.compact(features)
@@ -226,13 +245,8 @@ def main(
     twin: Annotated[bool, typer.Option(help="Time the plain network too.")] = True,
 ) -> None:
     """Time clicks beside SAM's and keep the ratios."""
-    if clock not in ("wall", "cpu") or (clock == "cpu" and threads != 1):
-        raise SystemExit("--clock is wall or cpu; cpu counts one thread only, so give --threads 1.")
+    now = use_threads(threads, clock)
     kind: Literal["wall", "cpu"] = "wall" if clock == "wall" else "cpu"
-    torch.set_num_threads(threads)
-    cv2.setNumThreads(threads)
-    native.set_threads(threads)
-    now = time.perf_counter if kind == "wall" else time.thread_time
     others = {"sam_vit_b": sam_vit_b(), "sam2_tiny": sam2_tiny()}
     parts = {str(T): measure(preset, T, runs, now, others, twin) for T in size or [1024]}
     rows = [row for part in parts.values() for row in part.pop("rows")]

@@ -21,7 +21,6 @@ import dataclasses
 import io
 import os
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
@@ -32,7 +31,7 @@ import typer
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.decoder import timed
+from benchmarks.decoder import timed, use_threads
 from benchmarks.results import write_result
 from inter2former.config import base
 from inter2former.files import write_atomically
@@ -216,11 +215,7 @@ def main(
     clock: Annotated[str, typer.Option(help="wall, or cpu: this thread's own time, for one thread")] = "wall",
 ) -> None:
     """Time the experts and keep the ratios."""
-    if clock not in ("wall", "cpu") or (clock == "cpu" and threads != 1):
-        raise SystemExit("--clock is wall or cpu; cpu counts one thread only, so give --threads 1.")
-    torch.set_num_threads(threads)
-    native.set_threads(threads)
-    rows = measure(runs, time.perf_counter if clock == "wall" else time.thread_time)
+    rows = measure(runs, use_threads(threads, clock))
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     result = {"clock": clock, "load": load, "rows": rows}
     shown = [{key: row[key] for key in row if not key.endswith("_ms")} for row in rows]

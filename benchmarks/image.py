@@ -14,15 +14,13 @@ from __future__ import annotations
 import copy
 import os
 import statistics
-import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
-import cv2
 import torch
 import typer
 
-from benchmarks.decoder import ours, scene, timed
+from benchmarks.decoder import ours, scene, timed, use_threads
 from benchmarks.results import write_result
 from inter2former.bench import Action, picture, sam_vit_b
 from inter2former.config import PRESETS
@@ -99,13 +97,8 @@ def main(
     clock: Annotated[str, typer.Option(help="wall, or cpu: this thread's own time, for one thread")] = "wall",
 ) -> None:
     """Time encoders and sessions and keep the ratios."""
-    if clock not in ("wall", "cpu") or (clock == "cpu" and threads != 1):
-        raise SystemExit("--clock is wall or cpu; cpu counts one thread only, so give --threads 1.")
+    now = use_threads(threads, clock)
     keep_freed_memory()  # as servers do; all contenders live with it
-    torch.set_num_threads(threads)
-    cv2.setNumThreads(threads)
-    native.set_threads(threads)
-    now = time.perf_counter if clock == "wall" else time.thread_time
     sam_click = sam_vit_b()
     auto = native.choose_precision("auto")
     precisions: list[native.Precision] = ["float32"] if auto == "float32" else ["float32", auto]

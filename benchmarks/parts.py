@@ -20,22 +20,18 @@ from __future__ import annotations
 import io
 import os
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
-import torch
 import typer
 
 from benchmarks.ablation import Switches, Variant
-from benchmarks.decoder import check_agreement, make_features, timed
+from benchmarks.decoder import check_agreement, random_model, timed, use_threads
 from benchmarks.results import write_result
 from inter2former import reference_mask
 from inter2former.bench import Action, upsample_in
-from inter2former.config import PRESETS
 from inter2former.files import write_atomically
 from inter2former.nn.model import Features, Inter2Former
 from inter2former.nn.upsampling import TokenBox
@@ -90,12 +86,7 @@ def plain_click(model: Inter2Former, features: Features, reference: Reference, b
 
 
 def measure(preset: str, size: int, runs: int, clock: Any, shares: Sequence[float]) -> list[dict[str, Any]]:
-    torch.manual_seed(0)
-    model = Inter2Former(PRESETS[preset]()).eval()
-    features = make_features(model, size)
-    compiled = native.module()
-    if compiled is None:
-        raise SystemExit("The native module is not there.")
+    model, features, compiled = random_model(preset, size)
     decoder = FusedDecoder(model, compiled)
     encoding = decoder.compact(features)
     check_agreement(model, decoder, features)
@@ -154,12 +145,7 @@ def main(
     clock: Annotated[str, typer.Option(help="wall, or cpu: this thread's own time, for one thread")] = "wall",
 ) -> None:
     """Time the parts and keep the figures."""
-    if clock not in ("wall", "cpu") or (clock == "cpu" and threads != 1):
-        raise SystemExit("--clock is wall or cpu; cpu counts one thread only, so give --threads 1.")
-    torch.set_num_threads(threads)
-    cv2.setNumThreads(threads)
-    native.set_threads(threads)
-    rows = measure(preset, size, runs, time.perf_counter if clock == "wall" else time.thread_time, SHARES)
+    rows = measure(preset, size, runs, use_threads(threads, clock), SHARES)
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     print_rows(f"{preset}, T = {size}, {threads} threads, {clock} time, load {load}", rows)
     result = {"clock": clock, "load": load, "preset": preset, "size": size, "rows": rows}
