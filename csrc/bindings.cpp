@@ -18,6 +18,7 @@
 #include "decoder.h"
 #include "dispatch.h"
 #include "hmoe.h"
+#include "random_walk.h"
 #include "reference_mask.h"
 #include "thread_pool.h"
 
@@ -25,7 +26,7 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int kInterface = 5;  // runtime/native.py asks for exactly this
+constexpr int kInterface = 6;  // runtime/native.py asks for exactly this
 constexpr std::int64_t kMaxSide = 1 << 20;
 constexpr int kMaxThreads = 1024;
 
@@ -448,6 +449,42 @@ py::array_t<std::uint8_t> apply_prediction(const py::object& state_object, const
     return out;
 }
 
+py::array_t<float> random_walk(const py::object& links_object, const py::object& inside_object,
+                               const std::array<std::int64_t, 4>& box, const py::object& state_object, float trust,
+                               float softness, float sure, float nearly, std::int64_t iterations) {
+    const auto links = typed<float>(links_object, "links", 2);
+    require_shape(links, "links", {4, i2f::kGrid});
+    require_contiguous(links, "links");
+    const auto state = typed<std::uint8_t>(state_object, "state", 2);
+    const std::int64_t size = state.shape(0);
+    if (size < i2f::kCells || size > kMaxSide || size % i2f::kCells != 0 || state.shape(1) != size) {
+        throw py::value_error("state must be a square whose side is a multiple of " + std::to_string(i2f::kCells) +
+                              ", not of shape " + shape_text(shape_of(state)) + ".");
+    }
+    const std::ptrdiff_t stride = row_stride(state, "state");
+    const auto [left, top, right, bottom] = box;
+    if (left < 0 || top < 0 || 16 * right > size || 16 * bottom > size || left >= right || top >= bottom) {
+        throw py::value_error("box " + shape_text({left, top, right, bottom}) +
+                              " must be left, top, right, bottom in tokens.");
+    }
+    const auto inside = typed<float>(inside_object, "inside", 2);
+    require_shape(inside, "inside", {16 * (bottom - top), 16 * (right - left)});
+    require_contiguous(inside, "inside");
+    if (!(trust > 0) || !(softness >= 1) || !(sure > 0) || !(nearly > 0 && nearly < 0.5F) || iterations < 0) {
+        throw py::value_error("trust, softness, sure, nearly or iterations is out of range.");
+    }
+    py::array_t<float> out(std::vector<py::ssize_t>{inside.shape(0), inside.shape(1)});
+    const float *const free = links.data(), *const logits = inside.data();
+    const std::uint8_t* const states = state.data();
+    float* const to = out.mutable_data();
+    {
+        const py::gil_scoped_release unlocked;
+        i2f::random_walk(free, logits, {left, top, right, bottom}, states, stride, size,
+                         {trust, softness, sure, nearly, iterations}, to);
+    }
+    return out;
+}
+
 class Convolution {
 public:
     Convolution(const py::object& weight, const py::object& bias, const std::string& isa)
@@ -543,6 +580,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     m.def("edge_tokens", &edge_tokens, py::arg("reference"), py::arg("box"), py::arg("constant_is_edge") = false,
           py::arg("patch") = 16, py::arg("isa") = "auto");
     m.def("apply_prediction", &apply_prediction, py::arg("state"), py::arg("prediction"), py::arg("isa") = "auto");
+    m.def("random_walk", &random_walk, py::arg("links"), py::arg("inside"), py::arg("box"), py::arg("state"),
+          py::arg("trust"), py::arg("softness"), py::arg("sure"), py::arg("nearly"), py::arg("iterations"));
     py::class_<HybridExperts>(m, "HybridExperts")
         .def(py::init<const py::dict&, const std::string&, const std::string&>(), py::arg("weights"),
              py::arg("isa") = "auto", py::arg("precision") = "float32")

@@ -22,6 +22,17 @@ def edge_tokens(
 def apply_prediction(
     state: npt.NDArray[np.uint8], prediction: npt.NDArray[np.bool_], isa: str = "auto"
 ) -> npt.NDArray[np.uint8]: ...
+def random_walk(
+    links: npt.NDArray[np.float32],
+    inside: npt.NDArray[np.float32],
+    box: tuple[int, int, int, int],
+    state: npt.NDArray[np.uint8],
+    trust: float,
+    softness: float,
+    sure: float,
+    nearly: float,
+    iterations: int,
+) -> npt.NDArray[np.float32]: ...
 
 class HybridExperts:
     def __init__(self, weights: dict[str, npt.NDArray[Any]], isa: str = "auto", precision: str = "float32") -> None: ...

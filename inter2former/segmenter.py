@@ -6,12 +6,12 @@ mask, the frames and the cache live in their own files. No web, no platform, no 
 How a mask is made (paper 3.3, and the click loop of the released implementation):
 
     R = start(box, initial mask)             the reference mask, uint8 [T, T]
-    for each click:  R = paint(R, click);  logits = decode(encoding, R);  R = apply(R, logits > 0)
+    for each click:  R = paint(R, click);  logits = walk(decode(encoding, R));  R = apply(R, logits > 0)
     mask = (logits of the last decoder pass, resized to the image) > 0, then every click is kept
 
-A box or an initial mask without clicks is decoded once as it is. Where the configuration says so, small islands that
-nobody clicked are left out of each pass's logits. Each step depends on the one before and on nothing else, so
-(R, logits) after a step are cached under a digest of everything that led to them.
+A box or an initial mask without clicks is decoded once as it is. Where the configuration says so, colours are asked
+about each pass's logits (random_walk.py), and small islands that nobody clicked are left out. Each step depends on the
+one before and on nothing else, so (R, logits) after a step are cached under a digest of everything that led to them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from inter2former import reference_mask, score
+from inter2former import random_walk, reference_mask, score
 from inter2former.checkpoints import STARTER, load_checkpoint
 from inter2former.errors import ConfigError, Inter2FormerError, NumericError, PromptError
 from inter2former.images import MAX_PIXELS, OUTSIDE, Frame, as_rgb, choose_size, image_key
@@ -137,6 +137,10 @@ class _Found:
         logits[self.pixels] = self.inside
         return torch.from_numpy(logits)
 
+    def walked(self, links: Float32, reference: UInt8, trust: float) -> _Found:
+        """After a random walk over the photo's colours, see random_walk.py."""
+        return _Found(native.walk(links, self.inside, self.box, reference, trust), self.box)
+
     def without_islands(self, share: float, asked: Mask) -> _Found:
         """Parts (of eight neighbours) smaller than `share` of the largest change their sign, but not those that meet
         `asked`, bool [T, T]."""
@@ -223,6 +227,11 @@ class _Start:
         else:  # a box says that something is inside of it: unknown, also for a model that starts from background
             state = reference_mask.initial(size, initial if self.box is None else reference_mask.UNKNOWN)
         return state if self.box is None else reference_mask.limit_to_box(state, self.box)
+
+    @property
+    def worth(self) -> int:
+        """Clicks that this tells as much as."""
+        return (self.box is not None) + (self.mask is not None)
 
     def asked(self, size: int, clicks: Sequence[ModelClick]) -> Mask:
         """bool [T, T]: the positive clicks, and the mask that they correct."""
@@ -452,6 +461,9 @@ class Segmenter:
             reference = reference_mask.paint_clicks(reference, clicks[-1], self.config.click_radius)
             made = [click for group in clicks for click in group]
             found = self._decode(encoding, reference)
+            if self.config.walk_trust:
+                trust = random_walk.trust(self.config.walk_trust, start.worth + len(made))
+                found = found.walked(encoding.links.numpy(), reference, trust)
             if self.config.island_share:
                 found = found.without_islands(self.config.island_share, start.asked(frame.size, made))
             evidence = _evidence(found, made, None if before is None else before.found, start, frame)
@@ -484,7 +496,7 @@ class Segmenter:
             with pixels.clock("prepare"):
                 image = compute.run(lambda: frame.prepare(rgb))
             with pixels.clock("encode"):
-                encoding = compute.run(lambda: self._encode(image))
+                encoding = compute.run(lambda: self._encode(image, frame))
             if self._on_disk is not None:
                 self._on_disk.store(name, encoding)
             return encoding
@@ -494,8 +506,12 @@ class Segmenter:
         return encoding, made
 
     @torch.inference_mode()
-    def _encode(self, image: torch.Tensor) -> ImageEncoding:
+    def _encode(self, image: torch.Tensor, frame: Frame) -> ImageEncoding:
         encoding = self._model.encode(image)
+        if self.config.walk_trust:
+            height, width = frame.valid
+            links = random_walk.links(image[:, :height, :width], frame.size)
+            encoding = encoding._replace(links=torch.from_numpy(links))
         with self._counter:
             self._encodes += 1
         # A sum is finite when all its parts are, and costs one pass over the memory.

@@ -23,14 +23,18 @@ from inter2former.nn.upsampling import TokenBox, Upsampling
 
 
 class Features(NamedTuple):
-    """What is computed once an image: tokens [B, d, n, n]; edges coarse to fine, [B, c, T/8, T/8] to [B, c, T, T]."""
+    """What is computed once an image: tokens [B, d, n, n]; edges coarse to fine, [B, c, T/8, T/8] to [B, c, T, T].
+
+    links   of random_walk.py, float32 [4, cells]; empty where nobody walks
+    """
 
     tokens: Tensor
     edges: list[Tensor]
+    links: Tensor = torch.empty(0)
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.tokens, *self.edges))
+        return sum(t.numel() * t.element_size() for t in (self.tokens, *self.edges, self.links))
 
 
 ImageEncoding = Features

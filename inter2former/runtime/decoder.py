@@ -38,6 +38,7 @@ class CompactEncoding(NamedTuple):
     units    a stage each, bfloat16 [ceil(len(map) / 32)]: the value of one step for 32 of its numbers, not finite where
              one of them is not; empty for float32
     middles  a stage each, float32 [9, channels]: what the numbers of each of the nine parts are relative to
+    links    of random_walk.py, float32 [4, cells]; empty where nobody walks
 
     The 16 bits move logits by about 1e-4 at most; at T = 1024 the base model keeps 24 MB an image. Models that stay
     below that with float32 keep float32.
@@ -47,6 +48,7 @@ class CompactEncoding(NamedTuple):
     maps: list[Tensor]
     units: list[Tensor]
     middles: list[Tensor]
+    links: Tensor = torch.empty(0)
 
     @property
     def edges(self) -> list[Tensor]:
@@ -55,7 +57,7 @@ class CompactEncoding(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.tokens, *self.edges))
+        return sum(t.numel() * t.element_size() for t in (self.tokens, *self.edges, self.links))
 
 
 class Click(NamedTuple):
@@ -99,7 +101,8 @@ class FusedDecoder:
                 values = tokens.numel() + sum(part.numel() for stage in parts for part in stage)
                 exact = 4 * values <= _BYTES_A_TOKEN * tokens.shape[0] * tokens.shape[1]
             packs = [_exact(stage) if exact else _packed(stage) for stage in parts]
-        return CompactEncoding(tokens, *(list(column) for column in zip(*packs, strict=True)))
+        maps, units, middles = (list(column) for column in zip(*packs, strict=True))
+        return CompactEncoding(tokens, maps, units, middles)
 
     def encode(self, image: Tensor) -> CompactEncoding:
         """As Inter2Former.encode: image float32 [3, T, T]."""

@@ -19,13 +19,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from inter2former import reference_mask
+from inter2former import random_walk, reference_mask
 from inter2former.config import EdgeRule
 from inter2former.nn import attention
 from inter2former.nn.experts import HybridExperts
 from inter2former.nn.prompt_embedding import PixelBox
 
-INTERFACE = 5  # of csrc/bindings.cpp; a module of another version is not used
+INTERFACE = 6  # of csrc/bindings.cpp; a module of another version is not used
 
 log = logging.getLogger(__name__)
 
@@ -150,3 +150,28 @@ def apply_prediction(state: reference_mask.State, prediction: reference_mask.Mas
         return reference_mask.apply_prediction(state, prediction)
     moved: reference_mask.State = native.apply_prediction(state, prediction)
     return moved
+
+
+def walk(
+    links: random_walk.Float32,
+    inside: random_walk.Float32,
+    box: random_walk.TokenBox,
+    reference: reference_mask.State,
+    trust: float,
+) -> random_walk.Float32:
+    """Logits that colours and clicks have been asked about, as random_walk.walk."""
+    native, _ = _load()
+    if native is None:
+        return random_walk.walk(links, inside, box, reference, trust)
+    walked: random_walk.Float32 = native.random_walk(
+        links,
+        inside,
+        box,
+        reference,
+        trust,
+        random_walk.SOFTNESS,
+        random_walk.SURE,
+        random_walk.NEARLY,
+        random_walk.ITERATIONS,
+    )
+    return walked

@@ -16,15 +16,29 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import make_image
+from synthetic import make_image, make_tiny_model
 
 from inter2former import Box, Click, Segmenter
-from inter2former.checkpoints import load_checkpoint
+from inter2former.checkpoints import load_checkpoint, save_checkpoint
+from inter2former.config import tiny
 from inter2former.nn.model import Inter2Former
 from inter2former.runtime.packing import pack
 
 SIZES = [(120, 160), (97, 61), (300, 200), (256, 256)]  # of the images 0, 1, 2, 3
 picture = functools.cache(make_image)
+
+
+@pytest.fixture(scope="module")
+def tiny_model() -> Inter2Former:
+    """With all that the shipped weights do after a pass."""
+    return make_tiny_model(dataclasses.replace(tiny(), island_share=0.1, walk_trust=0.05))
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_model: Inter2Former) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_checkpoint(path, tiny_model)
+    return path
 
 
 @dataclasses.dataclass(frozen=True)

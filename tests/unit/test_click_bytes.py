@@ -55,10 +55,12 @@ def largest_steps(work: Callable[[], object]) -> dict[str, int]:
     return seen
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1])
-def test_no_step_of_a_click_takes_more_than_a_megabyte(share: float) -> None:
+@pytest.mark.parametrize(("share", "trust"), [(0.0, 0.0), (0.1, 0.005)])
+def test_no_step_of_a_click_takes_more_than_a_megabyte(share: float, trust: float) -> None:
     """At T = 1024, in an object's box of a tenth of the picture. A line that makes two arrays counts them together."""
-    segmenter = Segmenter(pack(make_tiny_model(dataclasses.replace(tiny(), island_share=share))), model_size=1024)
+    segmenter = Segmenter(
+        pack(make_tiny_model(dataclasses.replace(tiny(), island_share=share, walk_trust=trust))), model_size=1024
+    )
     image = segmenter.known(make_image(1024, 1024))
     clicks = [Click(x, y) for x in (400, 700) for y in (400, 700)] + [Click(550, 550)]
     segmenter.segment(image, clicks[:-1])

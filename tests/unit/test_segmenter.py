@@ -30,6 +30,7 @@ from inter2former import (
 from inter2former.config import tiny
 from inter2former.images import Frame, image_key
 from inter2former.nn.model import Decoded, Inter2Former
+from inter2former.runtime import native
 from inter2former.segmenter import STAGES, _keep_clicks
 
 Image = np.ndarray[Any, np.dtype[np.uint8]]
@@ -466,6 +467,32 @@ def test_islands_of_a_given_mask_stay(archipelago: Segmenter) -> None:
 def test_islands_stay_where_the_configuration_keeps_them(archipelago: Segmenter) -> None:
     archipelago.config = dataclasses.replace(archipelago.config, island_share=0.0)
     assert parts(archipelago.segment(make_image(256, 256), [Click(70, 70)])) == [True, True, True]
+
+
+# -- the random walk -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_colours_are_asked_where_the_configuration_says_so(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network finds nothing; a click finds what has its colour, a second one at its side of another colour too."""
+    if not compiled:
+        monkeypatch.setattr(native, "_load", lambda: (None, "not here"))
+    model = make_tiny_model(dataclasses.replace(tiny(), walk_trust=1e-4))
+    found = Decoded(torch.full((256, 256), -1.0), (0, 0, 16, 16), torch.zeros(16, 16))
+    monkeypatch.setattr(model, "decode", lambda *_: found)
+    segmenter = Segmenter(model, model_size=256)
+    image = np.zeros((256, 256, 3), np.uint8)
+    image[64:128, 64:192], image[128:192, 64:192] = 250, 120
+    one = segmenter.segment(image, [Click(128, 96), Click(10, 10, positive=False)]).mask
+    assert one[70:122, 70:186].all()
+    assert not one[134:].any()
+    both = segmenter.segment(image, [Click(128, 96), Click(10, 10, positive=False), Click(128, 160)]).mask
+    assert both[70:122, 70:186].all()
+    assert both[134:186, 70:186].all()
+    assert not both[:, 200:].any()
+    segmenter.config = tiny()
+    segmenter.clear_cache()
+    assert segmenter.segment(image, [Click(128, 96)]).mask.sum() == 9  # the click alone
 
 
 # -- R8: what is not finite never leaves -----------------------------------------------------------------------------
