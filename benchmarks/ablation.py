@@ -2,8 +2,8 @@
 
     python -m benchmarks.ablation PACK --limit 10 --write
 
-The variants change which tokens attend how, the box that the prompt is embedded in or the box that is upsampled, and
-nothing else. All run the plain PyTorch modules, one after the other on each object, so their times compare with each
+The variants change which tokens attend how, the box that the prompt is embedded in, the box that is upsampled or whether
+colours are asked about the logits, and nothing else. All run the plain PyTorch modules, one after the other on each object, so their times compare with each
 other; the served model (packed, native) is the last row.
 """
 
@@ -44,6 +44,7 @@ class Switches:
     full_prompt: bool = False  # embed the prompt everywhere instead of in the box of what is told
     attention: str = "hybrid"  # full or bsq: that kind for every token; experts are still chosen by edge tokens
     full_upsampling: bool = False  # upsample everywhere instead of where the localisation found something
+    walk: bool = True
     served: bool = False
 
 
@@ -54,6 +55,7 @@ VARIANTS = (
     Switches("BSQ attention everywhere", attention="bsq"),
     Switches("full upsampling", full_upsampling=True),
     Switches("none of the shortcuts", full_prompt=True, attention="full", full_upsampling=True),
+    Switches("no random walk", walk=False),
     Switches("as served", served=True),
 )
 
@@ -62,7 +64,7 @@ class Variant(Inter2Former):
     """The plain model with switches; its weights are loaded like any other's."""
 
     def __init__(self, model: Inter2Former, switches: Switches) -> None:
-        super().__init__(model.config)
+        super().__init__(model.config if switches.walk else dataclasses.replace(model.config, walk_trust=0.0))
         self.load_state_dict(model.state_dict())
         self.switches = switches
         self.eval().requires_grad_(False)

@@ -102,7 +102,7 @@ def clicks_without_gradient(model: Inter2Former, features: Features) -> Callable
     that the rounds of an annotator cost next to nothing.
 
     features  of B images
-    returns   (image, reference mask uint8 [T, T]) -> mask bool [T, T]; None without the compiled module
+    returns   (image, reference mask uint8 [T, T]) -> logits float32 [T, T]; None without the compiled module
     """
     compiled = native.module()
     if compiled is None:
@@ -115,9 +115,6 @@ def clicks_without_gradient(model: Inter2Former, features: Features) -> Callable
         ]
 
     def click(image: int, reference: np.ndarray) -> np.ndarray:
-        inside, (left, top, right, bottom), _ = decoder.click(images[image], reference)
-        mask = np.zeros(reference.shape, bool)
-        mask[16 * top : 16 * bottom, 16 * left : 16 * right] = inside > 0
-        return mask
+        return decoder.decode(images[image], reference).logits.numpy()
 
     return click

@@ -23,10 +23,12 @@ import torch.distributed
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from inter2former import random_walk
 from inter2former.config import ModelConfig
 from inter2former.files import write_atomically
 from inter2former.nn.canny import MEAN, STD
 from inter2former.nn.model import Features, Inter2Former
+from inter2former.runtime import native
 from train import fast, losses, simulate
 from train.data import DrawConfig, Pack, Sampler
 
@@ -225,21 +227,41 @@ class Trainer:
         shared = Features(features.tokens.repeat_interleave(K, 0), edges)
         rounds = simulate.draw_rounds(config.clicks, np.random.default_rng([config.seed, self.step]))
         click = fast.clicks_without_gradient(self.model, features) if self.device.type == "cpu" and rounds else None
+        links = self._links(batch) if rounds else []
         self.model.eval()
         with torch.no_grad():
             for _ in range(rounds):
                 if click is not None:
-                    masks = [click(n // K, annotator.state) for n, annotator in enumerate(annotators)]
+                    logits = [click(n // K, annotator.state) for n, annotator in enumerate(annotators)]
                 else:
-                    output = self.model.decode_batch(shared, self._states(annotators))
-                    masks = list((output.logits > 0).cpu().numpy())
-                for annotator, mask in zip(annotators, masks, strict=True):
-                    annotator.round(mask)
+                    logits = list(
+                        self.model.decode_batch(shared, self._states(annotators)).logits.float().cpu().numpy()
+                    )
+                for n, annotator in enumerate(annotators):
+                    annotator.round(self._walked(logits[n], annotator, links[n // K]) > 0)
         self._train_mode()
         output = self.model.decode_batch(shared, self._states(annotators))
         loss, parts = losses.click_loss(output, target)
         log = {name: float(v) for name, v in parts.items()}
         return loss, log | {"iou": float(losses.mask_iou(output.logits, target).mean())}
+
+    def _links(self, batch: dict[str, Tensor]) -> list[np.ndarray]:
+        """Of the random walk, an image each; empty where nobody walks. The photo shows through as it is served."""
+        images = normalise(batch["image"], batch["valid"]).cpu()
+        if not self.model.config.walk_trust:
+            return [np.empty(0, np.float32)] * len(images)
+        return [
+            random_walk.links(image[:, :h, :w], image.shape[-1])
+            for image, (h, w) in zip(images, batch["valid"].tolist(), strict=True)
+        ]
+
+    def _walked(self, logits: np.ndarray, annotator: simulate.Annotator, links: np.ndarray) -> np.ndarray:
+        """As served: an annotator corrects what the walk left."""
+        first, tokens = self.model.config.walk_trust, len(logits) // 16
+        if not first:
+            return logits
+        trust = random_walk.trust(first, annotator.worth + int(annotator.clicked.sum()))
+        return native.walk(links, logits, (0, 0, tokens, tokens), annotator.state, trust)
 
     def _train_mode(self) -> None:
         self.model.train()

@@ -69,13 +69,16 @@ class Annotator:
         self.inside[: valid_hw[0], : valid_hw[1]] = True
         self.clicked = np.zeros(target.shape, bool)
         self.state = reference_mask.initial(target.shape[0], model.initial_reference)
+        self.worth = 0  # clicks that the start tells as much as
         roll = rng.random()
         if roll < config.box:
+            self.worth = 1
             self.state = reference_mask.limit_to_box(self.state, self._loose_box(valid_hw))
             if rng.random() >= config.box_only:
                 self._first_clicks()
         elif roll < config.box + config.mask:
             wrong = disturb(target, rng) & self.inside
+            self.worth = 1
             self.state = reference_mask.from_mask(wrong)
             self._correct(wrong)
         else:
