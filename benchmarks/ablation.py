@@ -2,9 +2,9 @@
 
     python -m benchmarks.ablation PACK --limit 10 --write
 
-The variants change which tokens attend how, the box that the prompt is embedded in, the box that is upsampled or whether
-colours are asked about the logits, and nothing else. All run the plain PyTorch modules, one after the other on each object, so their times compare with each
-other; the served model (packed, native) is the last row.
+The variants change which tokens attend how, the box that the prompt is embedded in, the box that is upsampled or
+whether colours are asked about the logits, and nothing else. All run the plain PyTorch modules, one after the other on
+each object, so their times compare with each other; the served model (packed, native) is the last row.
 """
 
 from __future__ import annotations
