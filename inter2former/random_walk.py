@@ -32,6 +32,7 @@ SOFTNESS = 3.0  # logits are divided by it: the network is too sure of itself; 3
 SURE = 12.0  # logits end here
 GROWTH = 2.0  # of the trust in the network at each further click
 MOST_TRUST = 9.0
+WORTH = 4  # clicks that a box or a given mask tells as much as; without any click nobody walks, it makes both worse
 ITERATIONS = 40  # of conjugate gradients; 200 change nothing
 NEARLY = 1e-2  # chances keep this distance from 0 and 1
 

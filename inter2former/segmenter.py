@@ -231,7 +231,7 @@ class _Start:
     @property
     def worth(self) -> int:
         """Clicks that this tells as much as."""
-        return (self.box is not None) + (self.mask is not None)
+        return 0 if self.box is None and self.mask is None else random_walk.WORTH
 
     def asked(self, size: int, clicks: Sequence[ModelClick]) -> Mask:
         """bool [T, T]: the positive clicks, and the mask that they correct."""
@@ -461,7 +461,7 @@ class Segmenter:
             reference = reference_mask.paint_clicks(reference, clicks[-1], self.config.click_radius)
             made = [click for group in clicks for click in group]
             found = self._decode(encoding, reference)
-            if self.config.walk_trust:
+            if self.config.walk_trust and made:
                 trust = random_walk.trust(self.config.walk_trust, start.worth + len(made))
                 found = found.walked(encoding.links.numpy(), reference, trust)
             if self.config.island_share:

@@ -257,10 +257,10 @@ class Trainer:
 
     def _walked(self, logits: np.ndarray, annotator: simulate.Annotator, links: np.ndarray) -> np.ndarray:
         """As served: an annotator corrects what the walk left."""
-        first, tokens = self.model.config.walk_trust, len(logits) // 16
-        if not first:
+        first, clicks, tokens = self.model.config.walk_trust, int(annotator.clicked.sum()), len(logits) // 16
+        if not first or not clicks:
             return logits
-        trust = random_walk.trust(first, annotator.worth + int(annotator.clicked.sum()))
+        trust = random_walk.trust(first, annotator.worth + clicks)
         return native.walk(links, logits, (0, 0, tokens, tokens), annotator.state, trust)
 
     def _train_mode(self) -> None:

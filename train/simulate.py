@@ -11,7 +11,7 @@ import dataclasses
 import cv2
 import numpy as np
 
-from inter2former import reference_mask
+from inter2former import random_walk, reference_mask
 from inter2former.config import ModelConfig
 
 Array = np.ndarray
@@ -72,13 +72,13 @@ class Annotator:
         self.worth = 0  # clicks that the start tells as much as
         roll = rng.random()
         if roll < config.box:
-            self.worth = 1
+            self.worth = random_walk.WORTH
             self.state = reference_mask.limit_to_box(self.state, self._loose_box(valid_hw))
             if rng.random() >= config.box_only:
                 self._first_clicks()
         elif roll < config.box + config.mask:
             wrong = disturb(target, rng) & self.inside
-            self.worth = 1
+            self.worth = random_walk.WORTH
             self.state = reference_mask.from_mask(wrong)
             self._correct(wrong)
         else:

@@ -82,7 +82,7 @@ def test_a_trusted_network_is_left_alone() -> None:
 
 def test_trust_grows_with_the_clicks() -> None:
     grown = [trust(0.005, n) for n in range(30)]
-    assert grown[0] == grown[1] == 0.005  # a box or a mask alone counts as a click
+    assert grown[0] == grown[1] == 0.005
     assert all(a < b for a, b in itertools.pairwise(grown[1:9]))
     assert grown[-1] == random_walk.MOST_TRUST
 

@@ -490,6 +490,7 @@ def test_colours_are_asked_where_the_configuration_says_so(compiled: bool, monke
     assert both[70:122, 70:186].all()
     assert both[134:186, 70:186].all()
     assert not both[:, 200:].any()
+    assert not segmenter.segment(image, box=Box(40, 40, 210, 210)).mask.any()  # a box alone is the network's
     segmenter.config = tiny()
     segmenter.clear_cache()
     assert segmenter.segment(image, [Click(128, 96)]).mask.sum() == 9  # the click alone
