@@ -68,13 +68,18 @@ def scene(size: int, area: float | None, initial: int = reference_mask.UNKNOWN) 
     return reference, box_of(inside)
 
 
-def ours(decoder: FusedDecoder, encoding: Any, frame: Frame, reference: Reference, box: Box) -> Action:
+def ours(
+    decoder: FusedDecoder, encoding: Any, frame: Frame, reference: Reference, box: Box, *, trust: float = 0.0
+) -> Action:
+    """`trust`: of the random walk that follows, for an encoding with links; 0 for none."""
     middle = frame.size // 2
     left, top, right, bottom = (16 * side for side in box)
 
     def click() -> object:
         state = reference_mask.paint_clicks(reference, [(middle, middle, True)], 5)
         inside = decoder.click(encoding, state, box).inside
+        if trust:
+            inside = native.walk(encoding.links.numpy(), inside, box, state, trust)
         prediction = np.zeros(state.shape, np.bool_)
         np.greater(inside, 0, out=prediction[top:bottom, left:right])
         native.apply_prediction(state, prediction)

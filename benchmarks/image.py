@@ -3,10 +3,10 @@
     python -m benchmarks.image --threads 2                                    # base at T = 1024: a few minutes
     python -m benchmarks.image --preset tiny --size 256 --layers 1 --runs 1   # does it run at all
 
-Rows, in both precisions where the CPU multiplies bfloat16: our encoder with the edge features (packed, as served),
-Canny and CannyNet alone; SAM ViT-B's encoder; then a session: encode once and click twenty times on an object of 10 %.
-Weights are random, contenders take turns. The small model's cold first mask and later click are given in clicks of
-SAM's decoder.
+Rows, in both precisions where the CPU multiplies bfloat16: our encoder with the edge features (packed, as served; and
+with the links of the random walk for a preset that walks, as its clicks do), Canny and CannyNet alone; SAM ViT-B's
+encoder; then a session: encode once and click twenty times on an object of 10 %. Weights are random, contenders take
+turns. The small model's cold first mask and later click are given in clicks of SAM's decoder.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import typer
 
 from benchmarks.decoder import ours, scene, timed, use_threads
 from benchmarks.results import write_result
+from inter2former import random_walk
 from inter2former.bench import Action, picture, sam_vit_b
 from inter2former.config import PRESETS
 from inter2former.images import Frame
@@ -65,7 +66,13 @@ def our_actions(preset: str, size: int, precision: native.Precision = "float32")
     want = plain.encode(small).tokens[0].permute(1, 2, 0)
     off = (packed.encode(small).tokens - want).norm() / want.norm()
     assert off < (1e-4 if precision == "float32" else 3e-2), f"the packed encoder is {off:.1g} off"
-    encoding: Any = packed.encode(image)
+    trust = plain.config.walk_trust
+
+    def encode() -> Any:
+        encoding: Any = packed.encode(image)
+        return encoding._replace(links=torch.from_numpy(random_walk.links(image, size))) if trust else encoding
+
+    encoding = encode()
     compiled = native.module()
     if compiled is None:
         raise SystemExit("The native module is not there.")
@@ -77,10 +84,10 @@ def our_actions(preset: str, size: int, precision: native.Precision = "float32")
             return packed.canny_net(canny(pixels), pixels)
 
     return {
-        "encode": lambda: packed.encode(image),
+        "encode": encode,
         "edges": edges,
-        "click": ours(decoder, encoding, frame, *scene(size, AREA)),
-        "first_click": ours(decoder, encoding, frame, *scene(size, None, plain.config.initial_reference)),
+        "click": ours(decoder, encoding, frame, *scene(size, AREA), trust=trust),
+        "first_click": ours(decoder, encoding, frame, *scene(size, None, plain.config.initial_reference), trust=trust),
     }
 
 

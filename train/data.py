@@ -55,7 +55,7 @@ class DrawConfig:
     """How samples are drawn; each value with its reason."""
 
     size: int = 256  # pixels; large enough for context, small enough for two cores
-    targets: int = 3  # objects a crop: the others share the encoder's work, two thirds of a step
+    targets: int = 4  # objects a crop: the others share the encoder's work, half of a step
     smallest: float = 0.0012  # of the crop; below it outlines are noise
     paste: float = 0.5  # of the crops get pasted objects: exact outlines on unlimited backgrounds
     union: float = 0.12  # touching regions together: both granularities must be reachable

@@ -52,7 +52,7 @@ class TrainConfig:
     warmup_steps: int = 50
     weight_decay: float = 0.05
     clip: float = 1.0  # gradient norm
-    ema: float = 0.996  # of the shipped weights, some 250 steps; ramps up from 0.1: early checkpoints are useful
+    ema: float = 0.998  # of the shipped weights, some 500 steps; ramps up from 0.1: early checkpoints are useful
     amp: bool = True  # bfloat16 where the device multiplies it faster
     freeze_norms: bool = False  # batch norms keep their statistics: when the weights to start from have good ones
     workers: int = 1  # data processes; one feeds two cores
