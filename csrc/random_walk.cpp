@@ -47,47 +47,49 @@ struct Cells {
     float *said, *object, *background;
 };
 
+bool has_clicks(const std::uint8_t* __restrict states, std::int64_t count) {
+    std::uint8_t found = 0;
+    for (std::int64_t x = 0; x < count; ++x) found = static_cast<std::uint8_t>(found | (states[x] == 0) | (states[x] == 4));
+    return found != 0;
+}
+
+// `columns` has room for a row of pixels.
 void look(const float* inside, const TokenBox& box, const std::uint8_t* state, std::ptrdiff_t row_stride,
-          std::int64_t size, const WalkSettings& settings, const Cells& cells) {
+          std::int64_t size, const WalkSettings& settings, float* columns, const Cells& cells) {
     const std::int64_t side = size / kCells;
-    const std::int64_t left = 16 * box.left, top = 16 * box.top, right = 16 * box.right, bottom = 16 * box.bottom;
+    const std::int64_t left = 16 * box.left, top = 16 * box.top, width = 16 * box.right - left, bottom = 16 * box.bottom;
     const float share = 1.0F / static_cast<float>(side * side);
+    const float sure = settings.sure;
     for (std::int64_t row = 0; row < kCells; ++row) {
         float* const said = cells.said + row * kCells;
         float* const object = cells.object + row * kCells;
         float* const background = cells.background + row * kCells;
-        std::int64_t definite[2][kCells] = {};
-        std::fill_n(said, kCells, 0.0F);
+        std::fill_n(object, kCells, 0.0F);
+        std::fill_n(background, kCells, 0.0F);
         for (std::int64_t y = row * side; y < (row + 1) * side; ++y) {
             const std::uint8_t* const states = state + y * row_stride;
-            for (std::int64_t column = 0; column < kCells; ++column) {
-                std::int64_t zeros = 0, fours = 0;
-                for (std::int64_t x = column * side; x < (column + 1) * side; ++x) {
-                    zeros += states[x] == 0 ? 1 : 0;
-                    fours += states[x] == 4 ? 1 : 0;
-                }
-                definite[0][column] += zeros;
-                definite[1][column] += fours;
+            if (!has_clicks(states, size)) continue;
+            for (std::int64_t x = 0; x < size; ++x) {
+                if (states[x] == 0) background[x / side] += share;
+                if (states[x] == 4) object[x / side] += share;
             }
-            const bool seen = y >= top && y < bottom;
-            for (std::int64_t column = 0; column < kCells; ++column) {
-                const std::int64_t from = std::clamp(column * side, left, right);
-                const std::int64_t to = std::clamp((column + 1) * side, left, right);
-                const std::int64_t known = seen ? to - from : 0;
-                float sum = static_cast<float>(side - known) * -settings.sure;
-                if (known > 0) {
-                    const float* const logits = inside + (y - top) * (right - left) - left;
-                    for (std::int64_t x = from; x < to; ++x) {
-                        sum += std::min(std::max(logits[x], -settings.sure), settings.sure);
-                    }
-                }
-                said[column] += sum;
+        }
+        // Sums of columns first: they are vectors.
+        std::fill_n(columns, width, 0.0F);
+        const std::int64_t begin = std::clamp(row * side, top, bottom), end = std::clamp((row + 1) * side, top, bottom);
+        for (std::int64_t y = begin; y < end; ++y) {
+            const float* const logits = inside + (y - top) * width;
+            for (std::int64_t x = 0; x < width; ++x) {
+                columns[x] += std::min(std::max(logits[x], -sure), sure);
             }
         }
         for (std::int64_t column = 0; column < kCells; ++column) {
-            said[column] = 1.0F / (1.0F + std::exp(said[column] * share / -settings.softness));
-            background[column] = static_cast<float>(definite[0][column]) * share;
-            object[column] = static_cast<float>(definite[1][column]) * share;
+            const std::int64_t from = std::clamp<std::int64_t>(column * side - left, 0, width);
+            const std::int64_t to = std::clamp<std::int64_t>((column + 1) * side - left, 0, width);
+            const std::int64_t unknown = side * side - (end - begin) * (to - from);
+            float sum = static_cast<float>(unknown) * -sure;
+            for (std::int64_t x = from; x < to; ++x) sum += columns[x];
+            said[column] = 1.0F / (1.0F + std::exp(sum * share / -settings.softness));
         }
     }
 }
@@ -133,6 +135,7 @@ void draw(const float* cells, const float* inside, const TokenBox& box, std::int
     const std::int64_t side = size / kCells;
     const std::int64_t left = 16 * box.left, width = 16 * (box.right - box.left), top = 16 * box.top;
     const float share = 1.0F - 1.0F / settings.softness;
+    const float sure = settings.sure;
     const float step = 1.0F / static_cast<float>(side);
     float* const line = scratch;              // a row of cells, its ends repeated
     float* const pixels = line + kCells + 2;  // the same in pixels, half a cell more on either side
@@ -154,8 +157,7 @@ void draw(const float* cells, const float* inside, const TokenBox& box, std::int
         }
         const float* const moved = pixels + side / 2 + left;
         for (std::int64_t x = 0; x < width; ++x) {
-            const float logit = inside[y * width + x];
-            out[y * width + x] = std::min(std::max(logit, -settings.sure), settings.sure) * share + moved[x];
+            out[y * width + x] = std::min(std::max(inside[y * width + x], -sure), sure) * share + moved[x];
         }
     }
 }
@@ -181,7 +183,7 @@ void random_walk(const float* links, const float* inside, const TokenBox& box, c
     const Cells cells{take(), take(), take()};
     float *const x = take(), *const leave = take(), *const residual = take(), *const direction = take(),
                  *const product = take();
-    look(inside, box, state, row_stride, size, settings, cells);
+    look(inside, box, state, row_stride, size, settings, next, cells);
     solve(padded, cells, settings, x, leave, residual, direction, product);
     for (std::int64_t i = 0; i < kGrid; ++i) {
         const float chance = std::min(std::max(x[i], settings.nearly), 1.0F - settings.nearly);

@@ -1,7 +1,6 @@
 #include "thread_pool.h"
 
 #include <atomic>
-#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <new>
@@ -16,23 +15,13 @@
 namespace i2f {
 namespace {
 
-// A click is dozens of calls, one right after the other: a thread that looks around for so long before it sleeps need
-// not be woken, which takes as long as many of the calls. It lets others run meanwhile.
-constexpr std::chrono::microseconds kPatience{30};
-
-template <class Condition>
-void look_out_for(const Condition& condition) {
-    const auto end = std::chrono::steady_clock::now() + kPatience;
-    while (!condition() && std::chrono::steady_clock::now() < end) std::this_thread::yield();
-}
-
 struct Job {
     Work work;
     void* context;
     std::int64_t items;
     int limit;                         // of workers that may join
     int joined = 0;                    // under Pool::mutex
-    std::atomic<int> active{0};        // the last thing of a job that its workers touch
+    int active = 0;                    // under Pool::mutex
     std::atomic<std::int64_t> next{0};
 
     void run(int worker) {
@@ -50,8 +39,7 @@ struct Pool {
     std::condition_variable wake;  // a job has come, or stop
     std::condition_variable done;  // the last active worker has left the job
     Job* job = nullptr;
-    std::atomic<std::uint64_t> jobs{0};  // that there were
-    std::atomic<bool> stop{false};
+    bool stop = false;
     std::vector<std::thread> workers;
 
     void loop() {
@@ -60,17 +48,12 @@ struct Pool {
             wake.wait(lock, [&] { return stop || (job != nullptr && job->joined < job->limit); });
             if (stop) return;
             Job* mine = job;
-            const std::uint64_t number = jobs;
             const int worker = ++mine->joined;  // the caller is 0
             ++mine->active;
             lock.unlock();
             mine->run(worker);
             lock.lock();
-            const bool last = --mine->active == 0;
-            lock.unlock();
-            if (last) done.notify_one();
-            look_out_for([&] { return stop || jobs != number; });
-            lock.lock();
+            if (--mine->active == 0) done.notify_one();
         }
     }
 
@@ -125,16 +108,11 @@ void parallel(std::int64_t items, int limit, Work work, void* context) {
     {
         const std::lock_guard<std::mutex> lock(shared->mutex);
         shared->job = &job;
-        ++shared->jobs;
     }
     shared->wake.notify_all();
     job.run(0);
     std::unique_lock<std::mutex> lock(shared->mutex);
     shared->job = nullptr;  // nobody joins from here on
-    if (job.active == 0) return;
-    lock.unlock();
-    look_out_for([&] { return job.active == 0; });
-    lock.lock();
     shared->done.wait(lock, [&] { return job.active == 0; });
 }
 

@@ -526,8 +526,7 @@ class Segmenter:
         """One pass. The native decoder runs where it is called, so that no click waits for an encode."""
         native_decoder = getattr(self._model.decode, "__self__", None)
         if isinstance(native_decoder, FusedDecoder):
-            with compute.click():
-                inside, box, low = native_decoder.click(encoding, reference)
+            inside, box, low = native_decoder.click(encoding, reference)
         else:
             inside, box, low = compute.run(lambda: self._decode_in_torch(encoding, reference))
         if not (np.isfinite(inside).all() and np.isfinite(low).all()):

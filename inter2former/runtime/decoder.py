@@ -22,7 +22,6 @@ from inter2former.config import ModelConfig
 from inter2former.nn.layers import rope_tables
 from inter2former.nn.model import Decoded, Features, Inter2Former
 from inter2former.nn.upsampling import FILL, TokenBox
-from inter2former.runtime import compute
 from inter2former.runtime.native import Precision
 
 _BLOCK = 32  # values that share a unit; kEdgeBlock of csrc/upsampling.h
@@ -94,10 +93,10 @@ class FusedDecoder:
         """Prepare an encoded image for its clicks; `exact` keeps float32 (or not), else bytes decide."""
         with torch.inference_mode():
             tokens = features.tokens[0].permute(1, 2, 0).float().contiguous()
-            parts = []
-            for index, (kernel, edges) in enumerate(zip(self._kernels, features.edges, strict=True)):
-                compute.give_way()
-                parts.append(_convolved(kernel, edges.float(), 2 << index))
+            parts = [
+                _convolved(kernel, edges.float(), 2 << index)
+                for index, (kernel, edges) in enumerate(zip(self._kernels, features.edges, strict=True))
+            ]
             if exact is None:
                 values = tokens.numel() + sum(part.numel() for stage in parts for part in stage)
                 exact = 4 * values <= _BYTES_A_TOKEN * tokens.shape[0] * tokens.shape[1]

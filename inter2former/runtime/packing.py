@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from inter2former.nn.canny import ResidualBlock
 from inter2former.nn.encoder import Attention, Block, ConvStem, ConvUnit, PatchStem
 from inter2former.nn.model import Inter2Former
-from inter2former.runtime import compute, native
+from inter2former.runtime import native
 from inter2former.runtime.convolution import GroupAffine, NativeStage, NativeUnit, means
 from inter2former.runtime.decoder import FusedDecoder
 from inter2former.runtime.rounding import with_rounded_products
@@ -205,16 +205,7 @@ def pack(model: Inter2Former, precision: native.Precision = "float32") -> Inter2
         if precision == "bfloat16":
             for part in (model.encoder.stem, model.canny_net, model.skips):
                 _replace(part, nn.Conv2d, RoundedConv)
-    _give_way_between_steps(model)
     return model
-
-
-def _give_way_between_steps(model: Inter2Former) -> None:
-    """Every layer of what runs once an image, hundredths of a second each."""
-    for part in (model.encoder, model.canny_net, model.skips):
-        for module in part.modules():
-            if not list(module.children()):
-                module.register_forward_pre_hook(lambda *_: compute.give_way())
 
 
 def _fold_norms(unit: ConvUnit) -> None:

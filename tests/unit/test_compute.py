@@ -40,41 +40,6 @@ def test_threads_follow_the_callers_setting() -> None:
         torch.set_num_threads(before)
 
 
-def test_r11_long_work_waits_for_the_end_of_a_click() -> None:
-    order: list[str] = []
-    begun, clicking = threading.Event(), threading.Event()
-
-    def encode() -> None:
-        begun.set()
-        clicking.wait(60)
-        compute.give_way()
-        order.append("a step")
-
-    working = threading.Thread(target=compute.run, args=(encode,))
-    working.start()
-    begun.wait(60)
-    with compute.click(), compute.click():
-        clicking.set()
-        threading.Event().wait(0.1)
-        order.append("a click")
-    working.join(60)
-    assert order == ["a click", "a step"]
-    compute.run(compute.give_way)  # nobody clicks: it goes on at once
-
-
-def test_r11_clicks_cannot_hold_up_an_encode_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute, "PATIENCE_S", 0.05)
-
-    def encode() -> int:
-        for _ in range(100):
-            compute.give_way()
-        return 3
-
-    with compute.click():
-        for _ in range(2):
-            assert compute.run(encode) == 3
-
-
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_r22_a_fork_waits_for_the_work_and_the_child_has_its_own_thread() -> None:
     begun, may_end, ended = threading.Event(), threading.Event(), threading.Event()
