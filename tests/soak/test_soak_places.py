@@ -198,6 +198,9 @@ def test_r22_gunicorn_with_preload_and_two_workers(
     for _ in range(rounds):
         variables = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "I2F_THREADS": "2", "OMP_NUM_THREADS": "2"}
         with running("label_studio", tiny_checkpoint, tmp_path, images, environment=variables) as door:
+            end = time.monotonic() + 30  # the first worker answers before the second is there
+            while len(children(door.process.pid)) < 2 and time.monotonic() < end:
+                time.sleep(0.05)
             assert len(children(door.process.pid)) == 2
             with ThreadPoolExecutor(8) as threads:
                 masks = threads.map(lambda p: door.ask(p, p.clicks(3, 0), patience_s=60), shown * 3)
