@@ -18,10 +18,9 @@ constexpr std::int64_t kRoom = kGrid + 2 * kMargin;
 constexpr std::int64_t kLanes = 16;  // partial sums; the same ones whatever the vectors of the CPU
 
 double dot(const float* __restrict a, const float* __restrict b) {
-    float sums[kLanes] = {};
     double total = 0.0;
     for (std::int64_t row = 0; row < kGrid; row += 8 * kLanes) {
-        std::fill_n(sums, kLanes, 0.0F);
+        float sums[kLanes] = {};
         for (std::int64_t i = row; i < row + 8 * kLanes; i += kLanes) {
             for (std::int64_t j = 0; j < kLanes; ++j) sums[j] += a[i + j] * b[i + j];
         }
@@ -49,7 +48,9 @@ struct Cells {
 
 bool has_clicks(const std::uint8_t* __restrict states, std::int64_t count) {
     std::uint8_t found = 0;
-    for (std::int64_t x = 0; x < count; ++x) found = static_cast<std::uint8_t>(found | (states[x] == 0) | (states[x] == 4));
+    for (std::int64_t x = 0; x < count; ++x) {
+        found = static_cast<std::uint8_t>(found | (states[x] == 0) | (states[x] == 4));
+    }
     return found != 0;
 }
 

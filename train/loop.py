@@ -246,10 +246,10 @@ class Trainer:
         return loss, log | {"iou": float(losses.mask_iou(output.logits, target).mean())}
 
     def _links(self, batch: dict[str, Tensor]) -> list[np.ndarray]:
-        """Of the random walk, an image each; empty where nobody walks. The photo shows through as it is served."""
-        images = normalise(batch["image"], batch["valid"]).cpu()
+        """Of the random walk, an image each, as served; empty where nobody walks."""
         if not self.model.config.walk_trust:
-            return [np.empty(0, np.float32)] * len(images)
+            return [np.empty(0, np.float32)] * len(batch["image"])
+        images = normalise(batch["image"], batch["valid"]).cpu()
         return [
             random_walk.links(image[:, :h, :w], image.shape[-1])
             for image, (h, w) in zip(images, batch["valid"].tolist(), strict=True)
