@@ -11,6 +11,9 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 namespace i2f {
 namespace {
@@ -41,6 +44,7 @@ struct Pool {
     Job* job = nullptr;
     bool stop = false;
     std::vector<std::thread> workers;
+    int avoided = -1;  // the core that workers keep off; under `busy`
 
     void loop() {
         std::unique_lock<std::mutex> lock(mutex);
@@ -66,11 +70,29 @@ struct Pool {
         for (std::thread& worker : workers) worker.join();
         workers.clear();
         stop = false;
+        avoided = -1;
         try {
             while (static_cast<int>(workers.size()) < count) workers.emplace_back([this] { loop(); });
         } catch (const std::system_error&) {
             // The system gives no more threads: fewer are slower, not wrong.
         }
+    }
+
+    // Let workers run on any core but the caller's. After a pause of some ten milliseconds, which is every pause between
+    // two clicks, Linux likes to wake a worker on the core of the thread that called it: where cores share no cache
+    // (virtual machines say so) it then waits for two to nine milliseconds beside an idle core, longer than a click.
+    // Nothing is done while the caller stays where it was.
+    void keep_off_callers_core() {
+#if defined(__linux__)
+        const int here = sched_getcpu();
+        if (here == avoided || here < 0 || here >= CPU_SETSIZE) return;
+        avoided = here;
+        cpu_set_t cores;
+        if (sched_getaffinity(0, sizeof cores, &cores) != 0) return;  // more cores than a set holds
+        CPU_CLR(here, &cores);
+        if (CPU_COUNT(&cores) == 0) return;  // one core: there is no other
+        for (std::thread& worker : workers) pthread_setaffinity_np(worker.native_handle(), sizeof cores, &cores);
+#endif
     }
 };
 
@@ -105,6 +127,7 @@ void parallel(std::int64_t items, int limit, Work work, void* context) {
         return;
     }
     if (static_cast<int>(shared->workers.size()) != threads() - 1) shared->resize(threads() - 1);
+    shared->keep_off_callers_core();
     {
         const std::lock_guard<std::mutex> lock(shared->mutex);
         shared->job = &job;
