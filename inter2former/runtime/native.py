@@ -63,6 +63,7 @@ def _try_import() -> tuple[ModuleType | None, str]:
         return None, str(error)
     if module.INTERFACE != INTERFACE:
         return None, f"it has interface {module.INTERFACE}, this package needs {INTERFACE}; build it again"
+    module.set_threads(torch.get_num_threads())  # of this machine, or what OMP_NUM_THREADS asks for
     return module, ""
 
 
@@ -97,7 +98,8 @@ def choose_precision(wanted: Precision | Literal["auto"]) -> Precision:
 
 
 def set_threads(count: int) -> None:
-    """Threads of one native call, from the one setting; results do not depend on it. ValueError outside 1..1024."""
+    """Threads of one native call, from the one setting; until it is made, as many as PyTorch's. Results do not depend
+    on it. ValueError outside 1..1024."""
     module, _ = _load()
     if module is not None:
         module.set_threads(count)
