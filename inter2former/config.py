@@ -54,8 +54,8 @@ class ModelConfig:
     click_radius: int = 5  # model pixels, as in RITM and the release
     initial_reference: int = 2  # state of every pixel before the first prompt: unknown
     low_threshold: float = -2.0  # low-resolution logits above it are upsampled
-    # Parts of a mask that are smaller than this share of the largest one and hold no positive click are left out;
-    # 0 keeps all, as released.
+    # Parts of a mask that are smaller than this share of the largest one and hold no positive click are left out, far
+    # smaller holes without a negative click are filled; 0 keeps all, as released.
     island_share: float = 0.0
     # Of the random walk that follows every pass (random_walk.py): how much it trusts the network at the first click;
     # 0 leaves it out, as released.

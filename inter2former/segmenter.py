@@ -10,8 +10,9 @@ How a mask is made (paper 3.3, and the click loop of the released implementation
     mask = (logits of the last decoder pass, resized to the image) > 0, then every click is kept
 
 A box or an initial mask without clicks is decoded once as it is. Where the configuration says so, colours are asked
-about each pass's logits (random_walk.py), and small islands that nobody clicked are left out. Each step depends on the
-one before and on nothing else, so (R, logits) after a step are cached under a digest of everything that led to them.
+about each pass's logits (random_walk.py), small islands that nobody clicked are left out, and in what is shown of the
+last pass small holes are filled. Each step depends on the one before and on nothing else, so (R, logits) after a step
+are cached under a digest of everything that led to them.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ SIZE_STEP, MIN_SIZE, MAX_SIZE = 256, 256, 4096
 STAGES = ("decode_image", "prepare", "encode", "click", "resize")
 
 _TOKEN = 16  # model pixels a token side
+HOLE = 0.05  # of the share below which islands are left out: holes are real more often, between spokes and roads
 _KEPT = 0.01  # size of the logit of a pixel that a click moved to the other side: as undecided as it can be
 
 
@@ -158,6 +160,25 @@ class _Found:
         np.negative(logits, out=logits, where=dropped[part])
         return _Found(logits, self.box)
 
+    def without_holes(self, share: float, refused: Mask) -> _Found:
+        """The same for holes (of four neighbours) smaller than `share` of the mask."""
+        outside = self.inside <= 0
+        # With a border: what reaches the box's edge is no hole.
+        padded = cv2.copyMakeBorder(outside.view(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
+        n, part, about, _ = cv2.connectedComponentsWithStats(padded, connectivity=4)
+        if n <= 2:
+            return self
+        around, part = part[0, 0], part[1:-1, 1:-1]
+        filled = about[:, cv2.CC_STAT_AREA] < share * (outside.size - np.count_nonzero(outside))
+        filled[part[refused[self.pixels] & outside]] = False
+        filled[[0, around]] = False
+        if not filled.any():
+            return self
+        logits = self.inside.copy()
+        holes = filled[part]
+        logits[holes] = np.maximum(-logits[holes], np.float32(_KEPT))
+        return _Found(logits, self.box)
+
     @property
     def pixels(self) -> tuple[slice, slice]:
         """The box in model pixels."""
@@ -233,13 +254,16 @@ class _Start:
         """Clicks that this tells as much as."""
         return 0 if self.box is None and self.mask is None else random_walk.WORTH
 
-    def asked(self, size: int, clicks: Sequence[ModelClick]) -> Mask:
-        """bool [T, T]: the positive clicks, and the mask that they correct."""
-        asked = np.zeros((size, size), np.bool_) if self.mask is None else self.mask.copy()
+    def said(self, size: int, clicks: Sequence[ModelClick], *, inside: bool) -> Mask:
+        """bool [T, T]: what clicks, and the mask that they correct, say is inside; or what they say is outside."""
+        if self.mask is None:
+            said = np.zeros((size, size), np.bool_)
+        else:
+            said = self.mask.copy() if inside else ~self.mask
         for row, column, positive in clicks:
-            if positive:
-                asked[row, column] = True
-        return asked
+            if positive == inside:
+                said[row, column] = True
+        return said
 
     def key(self) -> bytes:
         digest = hashlib.blake2b(repr(self.box).encode(), digest_size=16)
@@ -396,8 +420,8 @@ class Segmenter:
         )
 
         state, encoded = None, False
+        groups = [[(*frame.model_pixel(click.x, click.y), click.positive)] for click in clicks]
         if any(click.positive for click in clicks) or box is not None or start.mask is not None:
-            groups = [[(*frame.model_pixel(click.x, click.y), click.positive)] for click in clicks]
             state, encoded = self._run(pixels, frame, start, groups or [[]])
 
         found = None if state is None else state.found
@@ -405,6 +429,9 @@ class Segmenter:
             if found is None:
                 mask = np.zeros((info.height, info.width), np.bool_)
             else:
+                if self.config.island_share:
+                    refused = start.said(frame.size, [click for group in groups for click in group], inside=False)
+                    found = found.without_holes(HOLE * self.config.island_share, refused)
                 mask = frame.mask_from_logits(torch.from_numpy(found.inside), found.box)
             _keep_clicks(mask, clicked)
             mask.flags.writeable = False
@@ -465,7 +492,8 @@ class Segmenter:
                 trust = random_walk.trust(self.config.walk_trust, start.worth + len(made))
                 found = found.walked(encoding.links.numpy(), reference, trust)
             if self.config.island_share:
-                found = found.without_islands(self.config.island_share, start.asked(frame.size, made))
+                asked = start.said(frame.size, made, inside=True)
+                found = found.without_islands(self.config.island_share, asked)
             evidence = _evidence(found, made, None if before is None else before.found, start, frame)
             return _State.after(reference, found, evidence)
 

@@ -469,6 +469,51 @@ def test_islands_stay_where_the_configuration_keeps_them(archipelago: Segmenter)
     assert parts(archipelago.segment(make_image(256, 256), [Click(70, 70)])) == [True, True, True]
 
 
+# -- holes -----------------------------------------------------------------------------------------------------------
+
+SPECK, OPENING, BAY = np.s_[50:54, 50:54], np.s_[90:110, 60:80], np.s_[160:164, 116:120]
+
+
+@pytest.fixture
+def cheese(monkeypatch: pytest.MonkeyPatch) -> Segmenter:
+    """Whatever the prompt, the network finds 200 x 200 pixels with a hole of 4 x 4, one of 20 x 20 and a small bay."""
+    model = make_tiny_model(dataclasses.replace(tiny(), island_share=0.1))
+    logits = torch.full((256, 256), -1.0)
+    logits[20:220, 20:120] = 1.0
+    logits[SPECK] = logits[OPENING] = logits[BAY] = -1.0
+    logits[51, 51] = 0.0  # of neither side
+    found = Decoded(logits, (0, 0, 16, 16), torch.zeros(16, 16))
+    monkeypatch.setattr(model, "decode", lambda *_: found)
+    return Segmenter(model, model_size=256)
+
+
+def holes(result: Segmentation) -> list[bool]:
+    """Whether each of the three is still there as a whole."""
+    assert ((result.logits() > 0) == result.mask).all()
+    assert all(result.mask[place].all() == result.mask[place].any() for place in (SPECK, OPENING, BAY))
+    return [not result.mask[place].any() for place in (SPECK, OPENING, BAY)]
+
+
+def test_small_holes_that_nobody_clicked_are_filled(cheese: Segmenter) -> None:
+    image, inside = make_image(256, 256), Click(30, 30)
+    assert holes(cheese.segment(image, [inside])) == [False, True, True]
+    assert holes(cheese.segment(image, [inside, Click(52, 52, positive=False)])) == [True, True, True]
+    assert holes(cheese.segment(image, box=Box(0, 0, 256, 256))) == [False, True, True]
+
+
+def test_holes_of_a_given_mask_stay(cheese: Segmenter) -> None:
+    given = np.zeros((256, 256), bool)
+    given[20:220, 20:120] = True
+    assert holes(cheese.segment(make_image(256, 256), initial_mask=given)) == [False, True, True]
+    given[SPECK] = False
+    assert holes(cheese.segment(make_image(256, 256), initial_mask=given)) == [True, True, True]
+
+
+def test_holes_stay_where_the_configuration_keeps_them(cheese: Segmenter) -> None:
+    cheese.config = dataclasses.replace(cheese.config, island_share=0.0)
+    assert holes(cheese.segment(make_image(256, 256), [Click(30, 30)])) == [True, True, True]
+
+
 # -- the random walk -------------------------------------------------------------------------------------------------
 
 
