@@ -98,16 +98,27 @@ struct Pool {
 
 std::atomic<int> wanted{1};
 
+struct Pools {
+    Pool click;
+    Pool image;
+};
+
 // Never destroyed: workers may outlive static destructors. After a fork the child has no workers and possibly
-// locked mutexes, so it gets a fresh pool.
-Pool*& pool() {
-    static Pool* instance = [] {
+// locked mutexes, so it gets fresh pools.
+Pools*& pools() {
+    static Pools* instance = [] {
 #if defined(__unix__) || defined(__APPLE__)
-        pthread_atfork(nullptr, nullptr, [] { pool() = new (std::nothrow) Pool; });
+        pthread_atfork(nullptr, nullptr, [] { pools() = new (std::nothrow) Pools; });
 #endif
-        return new Pool;
+        return new Pools;
     }();
     return instance;
+}
+
+Pool* pool(Lane lane) {
+    Pools* const both = pools();
+    if (both == nullptr) return nullptr;  // no memory after a fork
+    return lane == Lane::click ? &both->click : &both->image;
 }
 
 }  // namespace
@@ -116,10 +127,10 @@ int threads() { return wanted.load(); }
 
 void set_threads(int count) { wanted.store(count); }
 
-void parallel(std::int64_t items, int limit, Work work, void* context) {
+void parallel(std::int64_t items, int limit, Work work, void* context, Lane lane) {
     const int count = threads() < limit ? threads() : limit;
     Job job{work, context, items, count - 1};
-    Pool* const shared = count > 1 && items > 1 ? pool() : nullptr;
+    Pool* const shared = count > 1 && items > 1 ? pool(lane) : nullptr;
     std::unique_lock<std::mutex> busy;
     if (shared != nullptr) busy = std::unique_lock<std::mutex>(shared->busy, std::try_to_lock);
     if (!busy.owns_lock()) {
