@@ -6,12 +6,16 @@ started would not survive the fork.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import mmap
 import os
+import re
+import socket
 import sys
 import threading
 import time
@@ -41,6 +45,11 @@ if TYPE_CHECKING:
 # Above that of clicks: a quarter of a core that a click wants too, all of an idle one. With ten it is a tenth, and the
 # first clicks wait too long on a machine that is busy with other things.
 ENCODE_NICENESS = 5
+# Requests that wait for a thread of the server. There are always some threads for a full line, so this many are not a
+# line but more than Python can turn down one by one, at a millisecond each.
+CROWD = 16
+CLICKS = (b"POST /predict ", b"POST / ", b"POST /api/function_invocations ")  # what a crowd is refused, of all doors
+UNREAD_S = 2.0  # for a request that is refused unread to come in
 SWITCH_S = 0.0005  # a thread back from native code waits so long for one in Python, ten times less than by default
 START_FAILED = 4  # gunicorn's exit status for an application that cannot be loaded: it does not try again
 
@@ -172,7 +181,14 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
     """Answers what it has begun when it is told to stop (R19). Who comes later is told so at once when the server
     stops; when a new worker takes over, the connection is left to that one. Gunicorn's own would let newcomers wait
     until its last answer is sent.
+
+    When more than CROWD requests wait for a thread, clicks are refused without being understood (R10): requests come
+    faster than Python can turn them down, and whoever is let in would have waited behind them all.
     """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._unbegun: collections.deque[None] = collections.deque()  # one for each request without a thread
 
     def set_accept_enabled(self, enabled: bool) -> None:
         if self.alive or not _stopping[0]:
@@ -183,11 +199,48 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
 
     def enqueue_req(self, conn: Any) -> None:
         conn.refused = not self.alive
+        self._unbegun.append(None)
         super().enqueue_req(conn)
 
     def handle(self, conn: Any) -> Any:
+        self._unbegun.pop()
+        if len(self._unbegun) > CROWD and not conn.initialized and refuse_unread(conn.sock):
+            return False  # gunicorn closes the connection
         _connection.refused = conn.refused
         return super().handle(conn)
+
+
+def refuse_unread(connection: socket.socket) -> bool:
+    """Take a click off a new connection and answer that the server is busy, without parsing it. False, and nothing
+    taken, when something else is asked or the head is not there yet."""
+    try:
+        connection.settimeout(UNREAD_S)
+        head, end, _ = connection.recv(1 << 14, socket.MSG_PEEK).partition(b"\r\n\r\n")
+    except OSError:
+        return False
+    length = re.search(rb"\r\ncontent-length: *([0-9]{1,12})(?=\r\n|$)", head, re.IGNORECASE)
+    if not (head.startswith(CLICKS) and end and length) or b"100-continue" in head:
+        return False
+    left = len(head) + len(end) + int(length[1])  # all of it: a connection closed before loses the answer
+    with contextlib.suppress(OSError):  # gone, or too slow
+        while left > 0 and (part := connection.recv(min(left, 1 << 18))):
+            left -= len(part)
+        connection.sendall(_busy())
+    return True
+
+
+@functools.cache
+def _busy() -> bytes:
+    _, fields = error_answer(BusyError("Too many clicks are waiting.", "Try again in a moment."))
+    body = json.dumps(fields)
+    head = (
+        "HTTP/1.1 503 Service Unavailable",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        "Retry-After: 1",
+        "Connection: close",
+    )
+    return "\r\n".join((*head, "", body)).encode()
 
 
 def _refuse_when_stopping(app: WSGIApplication) -> WSGIApplication:
