@@ -3,7 +3,7 @@
 The chance that somebody who walks from a place, across strong outlines rarely, is caught by the object's side first: by
 its clicks, or, at each step with a small chance, by what the network says there. Of the network it needs no more than
 logits; where a model is small, and above all at its first click, colours know what it does not. Solved on a grid of
-CELLS x CELLS cells, whatever T is: outlines finer than a cell stay the network's.
+CELLS x CELLS cells, whatever T is: outlines finer than a cell stay the network's, and objects that are thinner.
 
 No network here. `walk` is the twin of csrc/random_walk.cpp, step by step.
 """
@@ -33,6 +33,10 @@ SURE = 12.0  # logits end here
 GROWTH = 2.0  # of the trust in the network at each further click
 MOST_TRUST = 9.0
 WORTH = 4  # clicks that a box or a given mask tells as much as; without any click nobody walks, it makes both worse
+# Too thin for cells, as cracks are: of more than so many cells' area, nearly all of it close to its outline.
+THIN_CELLS = 3
+THIN_REACH = 3 / 8  # of a cell: so close
+THIN_CORE = 0.2  # of the area may be deeper inside
 ITERATIONS = 40  # of conjugate gradients; 200 change nothing
 NEARLY = 1e-2  # chances keep this distance from 0 and 1
 
@@ -63,6 +67,22 @@ def links(image: Tensor, size: int) -> Float32:
 def trust(first: float, clicks: int) -> float:
     """Chance, relative to a free link, that the network's word ends a walk: `first` at the first click, then more."""
     return float(min(first * GROWTH ** (max(clicks, 1) - 1), MOST_TRUST))
+
+
+def is_thin(inside: Float32, size: int) -> bool:
+    """Whether what the network found is too thin to be asked about in cells; nobody walks then.
+
+    inside   float32 [h, w]: logits of a part of the frame
+    size     T
+    """
+    found = (inside > 0).view(np.uint8)
+    cell = size // CELLS
+    area = np.count_nonzero(found)
+    if area <= THIN_CELLS * cell**2:
+        return False
+    square = np.ones((2 * int(THIN_REACH * cell) + 1,) * 2, np.uint8)
+    core = cv2.erode(found, square, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    return bool(np.count_nonzero(core) < THIN_CORE * area)
 
 
 def walk(links: Float32, inside: Float32, box: TokenBox, reference: UInt8, trust: float) -> Float32:

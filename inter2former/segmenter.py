@@ -488,7 +488,7 @@ class Segmenter:
             reference = reference_mask.paint_clicks(reference, clicks[-1], self.config.click_radius)
             made = [click for group in clicks for click in group]
             found = self._decode(encoding, reference)
-            if self.config.walk_trust and made:
+            if self.config.walk_trust and made and not random_walk.is_thin(found.inside, frame.size):
                 trust = random_walk.trust(self.config.walk_trust, start.worth + len(made))
                 found = found.walked(encoding.links.numpy(), reference, trust)
             if self.config.island_share:

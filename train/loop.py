@@ -258,7 +258,7 @@ class Trainer:
     def _walked(self, logits: np.ndarray, annotator: simulate.Annotator, links: np.ndarray) -> np.ndarray:
         """As served: an annotator corrects what the walk left."""
         first, clicks, tokens = self.model.config.walk_trust, int(annotator.clicked.sum()), len(logits) // 16
-        if not first or not clicks:
+        if not first or not clicks or random_walk.is_thin(logits, len(logits)):
             return logits
         trust = random_walk.trust(first, annotator.worth + clicks)
         return native.walk(links, logits, (0, 0, tokens, tokens), annotator.state, trust)

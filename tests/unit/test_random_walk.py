@@ -87,6 +87,24 @@ def test_trust_grows_with_the_clicks() -> None:
     assert grown[-1] == random_walk.MOST_TRUST
 
 
+@pytest.mark.parametrize(("size", "width"), [(256, 2), (512, 5), (1024, 10)])
+def test_lines_narrower_than_a_cell_are_thin(size: int, width: int) -> None:
+    logits = np.full((size, size), -1.0, np.float32)
+    logits[size // 4 : size // 4 + width, : size // 2] = 1.0
+    assert random_walk.is_thin(logits, size)
+    assert random_walk.is_thin(np.ascontiguousarray(logits[:, : size // 3]), size)  # a part of it does as well
+    logits[size // 2 : size // 2 + size // 8, : size // 8] = 1.0  # with something thick beside it
+    assert not random_walk.is_thin(logits, size)
+
+
+@pytest.mark.parametrize("size", [256, 512, 1024])
+def test_dots_blobs_and_nothing_are_not_thin(size: int) -> None:
+    row, column = np.mgrid[:size, :size] - size // 2
+    for radius in (0, 1, size // 128, size // 64, size // 32, size // 8):
+        disc = np.where(row**2 + column**2 < radius**2, 1.0, -1.0).astype(np.float32)
+        assert not random_walk.is_thin(disc, size), radius
+
+
 def test_it_sees_the_box_of_the_decoder_alone() -> None:
     """Outside the network is sure of background, as the mask is."""
     box = (4, 4, 12, 12)
