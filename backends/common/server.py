@@ -218,12 +218,13 @@ def refuse_unread(connection: socket.socket) -> bool:
         head, end, _ = connection.recv(1 << 14, socket.MSG_PEEK).partition(b"\r\n\r\n")
     except OSError:
         return False
-    length = re.search(rb"\r\ncontent-length: *([0-9]{1,12})(?=\r\n|$)", head, re.IGNORECASE)
+    length = re.search(rb"\r\ncontent-length: *([0-9]{1,8})(?=\r\n|$)", head, re.IGNORECASE)  # larger ones are no clicks
     if not (head.startswith(CLICKS) and end and length) or b"100-continue" in head:
         return False
     left = len(head) + len(end) + int(length[1])  # all of it: a connection closed before loses the answer
+    end_s = time.monotonic() + UNREAD_S
     with contextlib.suppress(OSError):  # gone, or too slow
-        while left > 0 and (part := connection.recv(min(left, 1 << 18))):
+        while left > 0 and time.monotonic() < end_s and (part := connection.recv(min(left, 1 << 18))):
             left -= len(part)
         connection.sendall(_busy())
     return True

@@ -51,6 +51,7 @@ def test_a_click_is_taken_whole_and_refused(line: str, size: int, ends: tuple[so
         request("POST /setup HTTP/1.1", b"{}"),
         request("POST /predictions HTTP/1.1", b"{}"),
         request("POST /predict HTTP/1.1", b"{}", "Expect: 100-continue"),
+        b"POST /predict HTTP/1.1\r\nContent-Length: 999999999\r\n\r\n",  # more than a click has
         b"POST /predict HTTP/1.1\r\nHost: h\r\n\r\n",  # of unknown length
         b"POST /predict HTTP/1.1\r\nContent-Le",
         b"POST /predict HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
