@@ -218,7 +218,8 @@ def refuse_unread(connection: socket.socket) -> bool:
         head, end, _ = connection.recv(1 << 14, socket.MSG_PEEK).partition(b"\r\n\r\n")
     except OSError:
         return False
-    length = re.search(rb"\r\ncontent-length: *([0-9]{1,8})(?=\r\n|$)", head, re.IGNORECASE)  # larger ones are no clicks
+    # Bodies of 100 MB and more are no clicks.
+    length = re.search(rb"\r\ncontent-length: *([0-9]{1,8})(?=\r\n|$)", head, re.IGNORECASE)
     if not (head.startswith(CLICKS) and end and length) or b"100-continue" in head:
         return False
     left = len(head) + len(end) + int(length[1])  # all of it: a connection closed before loses the answer
