@@ -14,9 +14,27 @@
 #if defined(__linux__)
 #include <sched.h>
 #endif
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
 
 namespace i2f {
 namespace {
+
+// Looks for what another thread is about to do, before sleeping until it has: some tens of microseconds, about what it
+// takes to be woken up. A click is some twenty parallel regions with little between them.
+constexpr int kLooks = 2000;
+
+template <class Condition>
+void look_for(const Condition& holds) {
+    for (int look = 0; look < kLooks && !holds(); ++look) {
+#if defined(__x86_64__) || defined(_M_X64)
+        _mm_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
+#endif
+    }
+}
 
 struct Job {
     Work work;
@@ -24,7 +42,7 @@ struct Job {
     std::int64_t items;
     int limit;                         // of workers that may join
     int joined = 0;                    // under Pool::mutex
-    int active = 0;                    // under Pool::mutex
+    std::atomic<int> active{0};        // changed under Pool::mutex
     std::atomic<std::int64_t> next{0};
 
     void run(int worker) {
@@ -42,6 +60,7 @@ struct Pool {
     std::condition_variable wake;  // a job has come, or stop
     std::condition_variable done;  // the last active worker has left the job
     Job* job = nullptr;
+    std::atomic<std::uint32_t> changes{0};  // of `job` to another one, or of `stop`
     bool stop = false;
     std::vector<std::thread> workers;
     int avoided = -1;  // the core that workers keep off; under `busy`
@@ -54,10 +73,14 @@ struct Pool {
             Job* mine = job;
             const int worker = ++mine->joined;  // the caller is 0
             ++mine->active;
+            const std::uint32_t seen = changes.load(std::memory_order_relaxed);
             lock.unlock();
             mine->run(worker);
             lock.lock();
             if (--mine->active == 0) done.notify_one();
+            lock.unlock();
+            look_for([&] { return changes.load(std::memory_order_relaxed) != seen; });
+            lock.lock();
         }
     }
 
@@ -65,6 +88,7 @@ struct Pool {
         {
             const std::lock_guard<std::mutex> lock(mutex);
             stop = true;
+            ++changes;
         }
         wake.notify_all();
         for (std::thread& worker : workers) worker.join();
@@ -142,11 +166,15 @@ void parallel(std::int64_t items, int limit, Work work, void* context, Lane lane
     {
         const std::lock_guard<std::mutex> lock(shared->mutex);
         shared->job = &job;
+        ++shared->changes;
     }
     shared->wake.notify_all();
     job.run(0);
     std::unique_lock<std::mutex> lock(shared->mutex);
     shared->job = nullptr;  // nobody joins from here on
+    lock.unlock();
+    look_for([&] { return job.active.load(std::memory_order_relaxed) == 0; });
+    lock.lock();
     shared->done.wait(lock, [&] { return job.active == 0; });
 }
 

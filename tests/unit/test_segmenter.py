@@ -514,6 +514,35 @@ def test_holes_stay_where_the_configuration_keeps_them(cheese: Segmenter) -> Non
     assert holes(cheese.segment(make_image(256, 256), [Click(30, 30)])) == [True, True, True]
 
 
+# -- outlines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def comb(monkeypatch: pytest.MonkeyPatch) -> Segmenter:
+    """Whatever the prompt, the network finds an object with an outline of teeth, a model pixel each."""
+    model = make_tiny_model(dataclasses.replace(tiny(), island_share=0.1))
+    logits = torch.full((256, 256), -1.0)
+    logits[20:120, 20:120] = logits[20:120:2, 120] = 1.0
+    found = Decoded(logits, (0, 0, 16, 16), torch.zeros(16, 16))
+    monkeypatch.setattr(model, "decode", lambda *_: found)
+    return Segmenter(model, model_size=256)
+
+
+def teeth(result: Segmentation) -> int:
+    """How often the right side of the object turns, from row to row."""
+    assert ((result.logits() > 0) == result.mask).all()
+    reach = result.mask.sum(1)[result.mask.any(1)].astype(int)
+    return int(np.count_nonzero(np.diff(np.sign(np.diff(reach)[np.diff(reach) != 0]))))
+
+
+def test_outlines_in_large_photos_have_no_teeth(comb: Segmenter) -> None:
+    click = Click(60, 60)
+    assert teeth(comb.segment(make_image(256, 256), [click])) > 90
+    assert teeth(comb.segment(make_image(1024, 1024), [click])) < 9
+    comb.config = dataclasses.replace(comb.config, island_share=0.0)
+    assert teeth(comb.segment(make_image(1024, 1024), [click])) > 90
+
+
 # -- the random walk -------------------------------------------------------------------------------------------------
 
 
