@@ -20,13 +20,14 @@
 #include "hmoe.h"
 #include "random_walk.h"
 #include "reference_mask.h"
+#include "small_parts.h"
 #include "thread_pool.h"
 
 namespace py = pybind11;
 
 namespace {
 
-constexpr int kInterface = 6;  // runtime/native.py asks for exactly this
+constexpr int kInterface = 7;  // runtime/native.py asks for exactly this
 constexpr std::int64_t kMaxSide = 1 << 20;
 constexpr int kMaxThreads = 1024;
 
@@ -485,6 +486,33 @@ py::array_t<float> random_walk(const py::object& links_object, const py::object&
     return out;
 }
 
+// None where every part stays.
+std::optional<py::array_t<float>> flip_small_parts(const py::object& logits_object, const py::object& spoken_object,
+                                                   double share, bool inside, float least) {
+    const auto logits = typed<float>(logits_object, "logits", 2);
+    require_contiguous(logits, "logits");
+    const std::int64_t rows = logits.shape(0);
+    const std::int64_t columns = logits.shape(1);
+    if (rows > kMaxSide || columns > kMaxSide || rows * columns > std::numeric_limits<std::int32_t>::max()) {
+        throw py::value_error("logits must have fewer pixels than " + shape_text(shape_of(logits)) + ".");
+    }
+    const auto spoken = typed<bool>(spoken_object, "spoken", 2);
+    require_shape(spoken, "spoken", {rows, columns});
+    const std::ptrdiff_t stride = row_stride(spoken, "spoken");
+    if (!(share >= 0) || !(least > 0)) throw py::value_error("share or least is out of range.");
+    py::array_t<float> out(std::vector<py::ssize_t>{logits.shape(0), logits.shape(1)});
+    const float* const from = logits.data();
+    const auto* const said = reinterpret_cast<const std::uint8_t*>(spoken.data());
+    float* const to = out.mutable_data();
+    bool any = false;
+    {
+        const py::gil_scoped_release unlocked;
+        any = i2f::flip_small_parts(from, rows, columns, said, stride, {inside, share, least}, to);
+    }
+    if (!any) return std::nullopt;
+    return out;
+}
+
 class Convolution {
 public:
     Convolution(const py::object& weight, const py::object& bias, const std::string& isa)
@@ -580,6 +608,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     m.def("edge_tokens", &edge_tokens, py::arg("reference"), py::arg("box"), py::arg("constant_is_edge") = false,
           py::arg("patch") = 16, py::arg("isa") = "auto");
     m.def("apply_prediction", &apply_prediction, py::arg("state"), py::arg("prediction"), py::arg("isa") = "auto");
+    m.def("flip_small_parts", &flip_small_parts, py::arg("logits"), py::arg("spoken"), py::arg("share"),
+          py::arg("inside"), py::arg("least"));
     m.def("random_walk", &random_walk, py::arg("links"), py::arg("inside"), py::arg("box"), py::arg("state"),
           py::arg("trust"), py::arg("softness"), py::arg("sure"), py::arg("nearly"), py::arg("iterations"));
     py::class_<HybridExperts>(m, "HybridExperts")

@@ -17,6 +17,7 @@ nothing else, so (R, logits) after a step are cached under a digest of everythin
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -26,7 +27,6 @@ import struct
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -47,6 +47,7 @@ from inter2former.runtime.cache import ByteCache, CacheInfo
 from inter2former.runtime.decoder import CompactEncoding, FusedDecoder
 from inter2former.runtime.encoding_folder import EncodingFolder, FolderInfo
 from inter2former.runtime.packing import pack
+from inter2former.small_parts import LEAST
 
 Mask = npt.NDArray[np.bool_]
 UInt8 = npt.NDArray[np.uint8]
@@ -57,6 +58,7 @@ ModelClick = tuple[int, int, bool]  # row, column, positive; model pixels
 
 CACHE_BYTES = 512 * 2**20  # twenty images at T=1024 of the base model, hundreds at T=256 of the starter
 SIZE_STEP, MIN_SIZE, MAX_SIZE = 256, 256, 4096
+ASIDE_S = 0.5  # an encode takes so much longer at most because clicks go first: on two cores, again as long as alone
 STAGES = ("decode_image", "prepare", "encode", "click", "resize")
 
 _TOKEN = 16  # model pixels a token side
@@ -64,7 +66,6 @@ HOLE = 0.05  # of the share below which islands are left out: holes are real mor
 # Where a photo is enlarged so many times from the frame, a model pixel is a tooth that people see at an outline: logits
 # are blurred before, by this sigma in model pixels. Smaller photos are best as they are (-0.2 at ten clicks).
 ENLARGED, BLUR = 2.0, 0.7
-_KEPT = 0.01  # size of the logit of a pixel that a click moved to the other side: as undecided as it can be
 
 
 class ImageInfo(NamedTuple):
@@ -125,7 +126,7 @@ class Segmentation:
             return np.full(self.mask.shape, OUTSIDE, np.float32)
         logits = self._frame.logits_to_image(self._found.logits(self._frame.size)).numpy()
         moved = (logits > 0) != self.mask
-        logits[moved] = np.where(self.mask[moved], np.float32(_KEPT), np.float32(-_KEPT))
+        logits[moved] = np.where(self.mask[moved], np.float32(LEAST), np.float32(-LEAST))
         return logits
 
 
@@ -146,45 +147,17 @@ class _Found:
         """After a random walk over the photo's colours, see random_walk.py."""
         return _Found(native.walk(links, self.inside, self.box, reference, trust), self.box)
 
-    def without_islands(self, share: float, asked: Mask) -> _Found:
-        """Parts (of eight neighbours) smaller than `share` of the largest change their sign, but not those that meet
-        `asked`, bool [T, T]."""
-        inside = self.inside > 0
-        n, part, about, _ = cv2.connectedComponentsWithStats(inside.view(np.uint8), connectivity=8)
-        if n <= 2:
-            return self
-        area = about[:, cv2.CC_STAT_AREA]
-        dropped = area < share * area[1:].max()
-        dropped[part[asked[self.pixels] & inside]] = False
-        dropped[0] = False
-        if not dropped.any():
-            return self
-        logits = self.inside.copy()
-        np.negative(logits, out=logits, where=dropped[part])
-        return _Found(logits, self.box)
-
-    def without_holes(self, share: float, refused: Mask) -> _Found:
-        """The same for holes (of four neighbours) smaller than `share` of the mask."""
-        outside = self.inside <= 0
-        # With a border: what reaches the box's edge is no hole.
-        padded = cv2.copyMakeBorder(outside.view(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
-        n, part, about, _ = cv2.connectedComponentsWithStats(padded, connectivity=4)
-        if n <= 2:
-            return self
-        around, part = part[0, 0], part[1:-1, 1:-1]
-        filled = about[:, cv2.CC_STAT_AREA] < share * (outside.size - np.count_nonzero(outside))
-        filled[part[refused[self.pixels] & outside]] = False
-        filled[[0, around]] = False
-        if not filled.any():
-            return self
-        logits = self.inside.copy()
-        holes = filled[part]
-        logits[holes] = np.maximum(-logits[holes], np.float32(_KEPT))
-        return _Found(logits, self.box)
+    def without_small(self, share: float, spoken: Mask, *, inside: bool) -> _Found:
+        """Small islands, or else small holes, change their side, but not those that meet `spoken`, bool [T, T]; see
+        small_parts.py."""
+        logits = native.flip_small_parts(self.inside, spoken[self.pixels], share, inside=inside)
+        return self if logits is None else _Found(logits, self.box)
 
     def without_teeth(self) -> _Found:
         """With outlines that are smooth at the scale of a model pixel."""
-        return _Found(cv2.GaussianBlur(self.inside, (0, 0), BLUR, borderType=cv2.BORDER_REPLICATE), self.box)
+        return _Found(
+            np.asarray(cv2.GaussianBlur(self.inside, (0, 0), BLUR, borderType=cv2.BORDER_REPLICATE)), self.box
+        )
 
     @property
     def pixels(self) -> tuple[slice, slice]:
@@ -438,7 +411,7 @@ class Segmenter:
             else:
                 if self.config.island_share:
                     refused = start.said(frame.size, [click for group in groups for click in group], inside=False)
-                    found = found.without_holes(HOLE * self.config.island_share, refused)
+                    found = found.without_small(HOLE * self.config.island_share, refused, inside=False)
                     if frame.scale * ENLARGED < 1:
                         found = found.without_teeth()
                 mask = frame.mask_from_logits(torch.from_numpy(found.inside), found.box)
@@ -490,27 +463,40 @@ class Segmenter:
             nonlocal encoding, encoded
             if encoding is None:
                 encoding, encoded = self._encoding(pixels, frame)
-            if before is None:
-                reference = start.reference(frame.size, self.config.initial_reference)
-            else:
-                reference = before.reference(frame.size)
-            reference = reference_mask.paint_clicks(reference, clicks[-1], self.config.click_radius)
-            made = [click for group in clicks for click in group]
-            found = self._decode(encoding, reference)
-            if self.config.walk_trust and made and not random_walk.is_thin(found.inside, frame.size):
-                trust = random_walk.trust(self.config.walk_trust, start.worth + len(made))
-                found = found.walked(encoding.links.numpy(), reference, trust)
-            if self.config.island_share:
-                asked = start.said(frame.size, made, inside=True)
-                found = found.without_islands(self.config.island_share, asked)
-            evidence = _evidence(found, made, None if before is None else before.found, start, frame)
-            return _State.after(reference, found, evidence)
+            # In PyTorch a click would wait behind the very encode that stands aside for it.
+            with contextlib.nullcontext() if self._native_decoder() is None else compute.first():
+                return self._step(encoding, frame, start, before, clicks)
 
         for n in range(known, len(keys)):
             with pixels.clock("click"):
                 state = self._cache.get_or_make(keys[n], functools.partial(step, state, groups[: n + 1]))
         assert state is not None  # there is at least one group
         return state, encoded
+
+    def _step(
+        self,
+        encoding: ImageEncoding,
+        frame: Frame,
+        start: _Start,
+        before: _State | None,
+        clicks: Sequence[Sequence[ModelClick]],
+    ) -> _State:
+        """What is known after the last group of clicks, from what was known before it."""
+        if before is None:
+            reference = start.reference(frame.size, self.config.initial_reference)
+        else:
+            reference = before.reference(frame.size)
+        reference = reference_mask.paint_clicks(reference, clicks[-1], self.config.click_radius)
+        made = [click for group in clicks for click in group]
+        found = self._decode(encoding, reference)
+        if self.config.walk_trust and made and not random_walk.is_thin(found.inside, frame.size):
+            trust = random_walk.trust(self.config.walk_trust, start.worth + len(made))
+            found = found.walked(encoding.links.numpy(), reference, trust)
+        if self.config.island_share:
+            asked = start.said(frame.size, made, inside=True)
+            found = found.without_small(self.config.island_share, asked, inside=True)
+        evidence = _evidence(found, made, None if before is None else before.found, start, frame)
+        return _State.after(reference, found, evidence)
 
     def _frame(self, info: ImageInfo, model_size: ModelSize | None) -> Frame:
         size = self._model_size if model_size is None else _check_size(model_size, PromptError)
@@ -533,7 +519,7 @@ class Segmenter:
             with pixels.clock("prepare"):
                 image = compute.run(lambda: frame.prepare(rgb))
             with pixels.clock("encode"):
-                encoding = compute.run(lambda: self._encode(image, frame))
+                encoding = compute.run(lambda: self._encode(image, frame), aside_s=ASIDE_S)
             if self._on_disk is not None:
                 self._on_disk.store(name, encoding)
             return encoding
@@ -559,10 +545,14 @@ class Segmenter:
             rope_tables(rows, columns, config.attention_dim, encoding.tokens.device, config.position_span)
         return encoding
 
+    def _native_decoder(self) -> FusedDecoder | None:
+        decoder = getattr(self._model.decode, "__self__", None)
+        return decoder if isinstance(decoder, FusedDecoder) else None
+
     def _decode(self, encoding: ImageEncoding, reference: UInt8) -> _Found:
         """One pass. The native decoder runs where it is called, so that no click waits for an encode."""
-        native_decoder = getattr(self._model.decode, "__self__", None)
-        if isinstance(native_decoder, FusedDecoder):
+        native_decoder = self._native_decoder()
+        if native_decoder is not None:
             inside, box, low = native_decoder.click(encoding, reference)
         else:
             inside, box, low = compute.run(lambda: self._decode_in_torch(encoding, reference))
@@ -620,7 +610,7 @@ class _Clock:
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self._inner = 0.0
 
-    @contextmanager
+    @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         began, outer = time.perf_counter(), self._inner
         self._inner = 0.0

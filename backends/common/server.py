@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import logging
 import mmap
@@ -76,6 +77,9 @@ def warm_segmenter(settings: Settings) -> Segmenter:
     segmenter.clear_cache()
     if settings.cache_dir is not None:
         segmenter.keep_encodings(settings.cache_dir, settings.cache_dir_mb * 2**20)
+    # What is here now stays: a full collection would walk all of PyTorch each time, while every click waits.
+    gc.collect()
+    gc.freeze()
     log.info("ready after %.1f s, model %s", time.perf_counter() - began, segmenter.digest[:12])
     return segmenter
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from inter2former.nn.canny import ResidualBlock
 from inter2former.nn.encoder import ConvUnit
+from inter2former.runtime import compute
 
 
 class NativeConvolution:
@@ -39,6 +40,7 @@ class NativeConvolution:
         add     [H, W, D], added to the result
         silu    applied at last
         """
+        compute.stand_aside()
         scale, shift = (None, None) if affine is None else (part.numpy() for part in affine)
         out, total, squares = self._native.forward(
             x.contiguous().numpy(), scale, shift, None if add is None else add.contiguous().numpy(), silu

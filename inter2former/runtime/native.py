@@ -19,13 +19,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from inter2former import random_walk, reference_mask
+from inter2former import random_walk, reference_mask, small_parts
 from inter2former.config import EdgeRule
 from inter2former.nn import attention
 from inter2former.nn.experts import HybridExperts
 from inter2former.nn.prompt_embedding import PixelBox
 
-INTERFACE = 6  # of csrc/bindings.cpp; a module of another version is not used
+INTERFACE = 7  # of csrc/bindings.cpp; a module of another version is not used
 
 log = logging.getLogger(__name__)
 
@@ -177,3 +177,14 @@ def walk(
         random_walk.ITERATIONS,
     )
     return walked
+
+
+def flip_small_parts(
+    logits: small_parts.Float32, spoken: small_parts.Mask, share: float, *, inside: bool
+) -> small_parts.Float32 | None:
+    """Logits after small parts of one side went to the other, as small_parts.flip."""
+    native, _ = _load()
+    if native is None:
+        return small_parts.flip(logits, spoken, share, inside=inside)
+    flipped: small_parts.Float32 | None = native.flip_small_parts(logits, spoken, share, inside, small_parts.LEAST)
+    return flipped

@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from inter2former.nn.canny import ResidualBlock
 from inter2former.nn.encoder import Attention, Block, ConvStem, ConvUnit, PatchStem
 from inter2former.nn.model import Inter2Former
-from inter2former.runtime import native
+from inter2former.runtime import compute, native
 from inter2former.runtime.convolution import GroupAffine, NativeStage, NativeUnit, means
 from inter2former.runtime.decoder import FusedDecoder
 from inter2former.runtime.rounding import with_rounded_products
@@ -52,6 +52,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> float32 [..., out]; with GELU as precise as the operands."""
+        compute.stand_aside()
         finish, algorithm = ("gelu", "none") if self._gelu else ("none", "")
         out: Tensor = torch.ops.mkldnn._linear_pointwise(
             x.to(self._type), self._packed, self._bias, finish, [], algorithm

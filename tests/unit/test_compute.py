@@ -5,13 +5,18 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
+from synthetic import make_image, make_tiny_model
 
+from inter2former import Click, Segmenter
 from inter2former.errors import NumericError
-from inter2former.runtime import compute
+from inter2former.runtime import compute, native
+from inter2former.runtime.packing import pack
 
 
 def test_r13_all_callers_share_one_thread() -> None:
@@ -38,6 +43,86 @@ def test_threads_follow_the_callers_setting() -> None:
             assert compute.run(torch.get_num_threads) == count
     finally:
         torch.set_num_threads(before)
+
+
+class Ticking:
+    """Long work in many parts; how many are done."""
+
+    def __init__(self, aside_s: float) -> None:
+        self.ticks, self._end = 0, False
+        self._thread = threading.Thread(target=compute.run, args=(self._work,), kwargs={"aside_s": aside_s})
+
+    def _work(self) -> None:
+        while not self._end:
+            compute.stand_aside()
+            self.ticks += 1
+            time.sleep(0.001)
+
+    def goes_on(self, within_s: float) -> bool:
+        """Whether parts are done within a time; one that was begun before does not count."""
+        before, end = self.ticks, time.monotonic() + within_s
+        while time.monotonic() < end and self.ticks <= before + 1:
+            time.sleep(0.002)
+        return self.ticks > before + 1
+
+    def __enter__(self) -> Ticking:
+        self._thread.start()
+        assert self.goes_on(60)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end = True
+        self._thread.join()
+
+
+def test_r11_long_work_stands_aside_for_what_goes_first() -> None:
+    with Ticking(aside_s=1000) as work:
+        with compute.first():
+            with compute.first():
+                assert not work.goes_on(0.1)
+            assert not work.goes_on(0.1)  # the other one has not ended
+        assert work.goes_on(60)
+
+
+def test_r11_long_work_loses_its_patience() -> None:
+    with Ticking(aside_s=0.3) as work, compute.first():
+        assert not work.goes_on(0.05)
+        assert work.goes_on(60)
+        with compute.first():
+            assert work.goes_on(60)
+
+
+def test_r11_other_work_does_not_stand_aside() -> None:
+    with Ticking(aside_s=0) as work, compute.first():
+        assert work.goes_on(60)
+    with compute.first():
+        compute.stand_aside()  # nor does what runs in another thread
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_r11_an_encode_stands_aside_for_clicks(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a click is decoded natively. In PyTorch it is decoded by the very thread that encodes, and waits."""
+    if not compiled:
+        monkeypatch.setattr(native, "_load", lambda: (None, "not here"))
+    segmenter = Segmenter(pack(make_tiny_model()), model_size=256)
+    image = segmenter.known(make_image())
+    segmenter.prefetch(image)
+    went_on: list[bool] = []
+    decode = segmenter._decode
+
+    def watched(*arguments: Any) -> Any:
+        went_on.append(work.goes_on(0.2))
+        return decode(*arguments)
+
+    monkeypatch.setattr(segmenter, "_decode", watched)
+    with Ticking(aside_s=1000) as work:
+        clicking = threading.Thread(target=segmenter.segment, args=(image, [Click(50, 50)]))
+        clicking.start()
+        while not went_on:
+            time.sleep(0.002)
+        assert work.goes_on(60)
+    clicking.join()
+    assert went_on == [not compiled]
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
