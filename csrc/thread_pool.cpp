@@ -14,9 +14,6 @@
 #if defined(__linux__)
 #include <sched.h>
 #endif
-#if defined(__x86_64__) || defined(_M_X64)
-#include <immintrin.h>
-#endif
 
 namespace i2f {
 namespace {
@@ -28,9 +25,9 @@ constexpr int kLooks = 2000;
 template <class Condition>
 void look_for(const Condition& holds) {
     for (int look = 0; look < kLooks && !holds(); ++look) {
-#if defined(__x86_64__) || defined(_M_X64)
-        _mm_pause();
-#elif defined(__aarch64__)
+#if defined(__x86_64__) && defined(__GNUC__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__) && defined(__GNUC__)
         asm volatile("yield");
 #endif
     }

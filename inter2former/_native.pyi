@@ -22,6 +22,9 @@ def edge_tokens(
 def apply_prediction(
     state: npt.NDArray[np.uint8], prediction: npt.NDArray[np.bool_], isa: str = "auto"
 ) -> npt.NDArray[np.uint8]: ...
+def flip_small_parts(
+    logits: npt.NDArray[np.float32], spoken: npt.NDArray[np.bool_], share: float, inside: bool, least: float
+) -> npt.NDArray[np.float32] | None: ...
 def random_walk(
     links: npt.NDArray[np.float32],
     inside: npt.NDArray[np.float32],
