@@ -12,6 +12,7 @@ import math
 from typing import Any, Literal
 
 from inter2former.errors import ConfigError
+from inter2former.level import hidden_units as level_units
 from inter2former.score import hidden_units
 
 InputConvention = Literal["fit", "released"]
@@ -61,6 +62,7 @@ class ModelConfig:
     # 0 leaves it out, as released.
     walk_trust: float = 0.0
     auto_sizes: tuple[int, ...] = (512, 768, 1024, 1536, 2048)  # what T="auto" may choose
+    level_weights: tuple[float, ...] = ()  # of where logits are cut, see level.py; without: at 0
     score_weights: tuple[float, ...] = ()  # of the predicted IoU, see score.py; without: what the probabilities promise
 
     def __post_init__(self) -> None:
@@ -109,7 +111,15 @@ class ModelConfig:
                 not self.score_weights or hidden_units(len(self.score_weights)) > 0,
                 "score_weights do not fit this version's evidence; run `python -m train calibrate` again",
             ),
-            (all(math.isfinite(w) for w in self.score_weights), "score_weights must be finite"),
+            (
+                not self.level_weights or (self.walk_trust > 0 and level_units(len(self.level_weights)) > 0),
+                "level_weights do not fit this version's features, or come without walk_trust; "
+                "run `python -m train calibrate` again",
+            ),
+            (
+                all(math.isfinite(w) for w in (*self.score_weights, *self.level_weights)),
+                "score_weights and level_weights must be finite",
+            ),
         ]
         broken = [text for holds, text in rules if not holds]
         if broken:

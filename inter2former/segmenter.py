@@ -10,9 +10,10 @@ How a mask is made (paper 3.3, and the click loop of the released implementation
     mask = (logits of the last decoder pass, resized to the image) > 0, then every click is kept
 
 A box or an initial mask without clicks is decoded once as it is. Where the configuration says so, colours are asked
-about each pass's logits (random_walk.py), small islands that nobody clicked are left out, and in what is shown of the
-last pass small holes are filled and outlines in large photos are smoothed. Each step depends on the one before and on
-nothing else, so (R, logits) after a step are cached under a digest of everything that led to them.
+about each pass's logits (random_walk.py), they are cut where that suits them best (level.py), small islands that nobody
+clicked are left out, and in what is shown of the last pass small holes are filled and outlines in large photos are
+smoothed. Each step depends on the one before and on nothing else, so (R, logits) after a step are cached under a digest
+of everything that led to them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from inter2former import random_walk, reference_mask, score
+from inter2former import level, random_walk, reference_mask, score
 from inter2former.checkpoints import STARTER, load_checkpoint
 from inter2former.errors import ConfigError, Inter2FormerError, NumericError, PromptError
 from inter2former.images import MAX_PIXELS, OUTSIDE, Frame, as_rgb, choose_size, image_key
@@ -146,6 +147,10 @@ class _Found:
     def walked(self, links: Float32, reference: UInt8, trust: float) -> _Found:
         """After a random walk over the photo's colours, see random_walk.py."""
         return _Found(native.walk(links, self.inside, self.box, reference, trust), self.box)
+
+    def cut_at(self, level: float) -> _Found:
+        """With another level as zero."""
+        return self if level == 0 else _Found(self.inside - np.float32(level), self.box)
 
     def without_small(self, share: float, spoken: Mask, *, inside: bool) -> _Found:
         """Small islands, or else small holes, change their side, but not those that meet `spoken`, bool [T, T]; see
@@ -492,11 +497,26 @@ class Segmenter:
         if self.config.walk_trust and made and not random_walk.is_thin(found.inside, frame.size):
             trust = random_walk.trust(self.config.walk_trust, start.worth + len(made))
             found = found.walked(encoding.links.numpy(), reference, trust)
+        previous = None if before is None else before.found
+        if made and not start.worth:
+            found = found.cut_at(self._level(found, encoding, made, previous, frame))
         if self.config.island_share:
             asked = start.said(frame.size, made, inside=True)
             found = found.without_small(self.config.island_share, asked, inside=True)
-        evidence = _evidence(found, made, None if before is None else before.found, start, frame)
-        return _State.after(reference, found, evidence)
+        return _State.after(reference, found, _evidence(found, made, previous, start, frame))
+
+    def _level(
+        self,
+        found: _Found,
+        encoding: ImageEncoding,
+        clicks: Sequence[ModelClick],
+        previous: _Found | None,
+        frame: Frame,
+    ) -> float:
+        """Where the logits of a pass are cut, see level.py. A box or a given mask says how large the object is."""
+        if not self.config.level_weights:
+            return 0.0
+        return level.choose(at_levels(found, encoding, clicks, previous, frame), self.config.level_weights)
 
     def _frame(self, info: ImageInfo, model_size: ModelSize | None) -> Frame:
         size = self._model_size if model_size is None else _check_size(model_size, PromptError)
@@ -676,6 +696,16 @@ def _mask_in_model(mask: Any, frame: Frame) -> Mask | None:
             f"initial_mask is {mask.dtype} {list(mask.shape)}, the image needs bool {[frame.height, frame.width]}."
         )
     return frame.mask_to_model(mask) if mask.any() else None
+
+
+def at_levels(
+    found: _Found, encoding: ImageEncoding, clicks: Sequence[ModelClick], previous: _Found | None, frame: Frame
+) -> list[tuple[float, ...] | None]:
+    """What a decoder pass looks like at each of level.LEVELS."""
+    step = frame.size // random_walk.CELLS
+    thinned = [(row // step, column // step, positive) for row, column, positive in clicks]
+    before = None if previous is None else previous.shown(frame.valid, step) > 0
+    return level.describe(found.shown(frame.valid, step), encoding.links.numpy(), thinned, before)
 
 
 def _evidence(

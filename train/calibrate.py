@@ -1,7 +1,10 @@
-"""`python -m train calibrate`: fit the predicted IoU of a checkpoint to the truth; nothing else of it changes.
+"""`python -m train calibrate`: fit a checkpoint's levels and its predicted IoU to the truth; nothing else changes.
 
-Objects of the train split are clicked through as in evaluation; a tiny network learns the IoU from the evidence of
-each answer (inter2former/score.py). The error is reported on objects of the val split.
+Objects of the train split are clicked through as in evaluation. First a tiny network learns at which level the logits
+of a pass are best cut (inter2former/level.py; only for a checkpoint with a random walk, which has the outlines that
+it looks at); in rounds, because what it chooses decides which masks are clicked on next. Then, with these levels,
+another one learns the IoU from the evidence of each answer (inter2former/score.py). What both bring is reported on
+objects of the val split.
 """
 
 from __future__ import annotations
@@ -9,25 +12,149 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 import typer
 from safetensors.torch import load_file
 
-from inter2former import evaluation, score
+from inter2former import evaluation, level, score
 from inter2former.checkpoints import load_checkpoint, save_checkpoint
 from inter2former.errors import ConfigError, Inter2FormerError
+from inter2former.images import Frame
+from inter2former.nn.model import ImageEncoding, Inter2Former
 from inter2former.prompts import Click
-from inter2former.segmenter import ModelSize, Segmenter, load_segmenter
+from inter2former.runtime.packing import pack as pack_model
+from inter2former.segmenter import ModelSize, Segmenter, at_levels, load_segmenter
 from inter2former.terminal import print_rows, score_progress
 
 UNITS = 8  # of the hidden layer; none (a line) errs a tenth more, 16 and 32 gain nothing
 CLICKS = 6  # an object; annotators seldom make more
+LEVEL_CLICKS = 8  # late passes are where a wrong level costs most
 REPORTED = (1, 3, 5)
 _STEPS, _LR, _DECAY = 600, 0.02, 0.05
+
+
+LEVEL_UNITS = 40  # of the hidden layer; 24 gain a tenth less, 64 and a second layer nothing
+_LEVEL_EPOCHS, _LEVEL_BATCH, _LEVEL_LR, _LEVEL_DECAY = 60, 128, 4e-3, 1e-3
+
+
+class Pass(NamedTuple):
+    """One decoder pass: what its mask looks like at each level (level.describe), and its IoU there."""
+
+    source: str
+    described: tuple[tuple[float, ...] | None, ...]
+    ious: tuple[float, ...]
+
+
+class _Watching(Segmenter):
+    """Keeps every pass while the target, which has to be said, is clicked through."""
+
+    passes: list[Pass]
+    target: evaluation.Target
+
+    def _level(
+        self,
+        found: Any,
+        encoding: ImageEncoding,
+        clicks: Sequence[tuple[int, int, bool]],
+        previous: Any,
+        frame: Frame,
+    ) -> float:
+        truth = frame.mask_to_model(self.target.mask)
+        asked = np.zeros(truth.shape, np.bool_)
+        for row, column, positive in clicks:
+            asked[row, column] |= positive
+        ious = []
+        for zero in level.LEVELS:
+            cut = found.cut_at(zero).without_small(self.config.island_share, asked, inside=True)
+            mask = np.zeros(truth.shape, np.bool_)
+            np.greater(cut.inside, 0, out=mask[cut.pixels])
+            ious.append(evaluation.iou(mask, truth))
+        described = at_levels(found, encoding, clicks, previous, frame)
+        self.passes.append(Pass(self.target.source, tuple(described), tuple(ious)))
+        return super()._level(found, encoding, clicks, previous, frame)
+
+
+def collect_passes(
+    model: Inter2Former,
+    targets: Iterable[evaluation.Target],
+    clicks: int = LEVEL_CLICKS,
+    *,
+    levels: tuple[float, ...] = (),
+    model_size: ModelSize = "auto",
+    on_score: Callable[[evaluation.Score], object] | None = None,
+) -> list[Pass]:
+    """Every pass while clicking through the targets with masks that are cut by these weights of levels.
+
+    model  one that was packed
+    """
+    watching = _Watching(model, model_size=model_size)
+    watching.config = dataclasses.replace(watching.config, level_weights=levels)
+    watching.passes = []
+
+    def said() -> Iterator[evaluation.Target]:
+        for watching.target in targets:
+            yield watching.target
+
+    def segment(image: evaluation.Image, made: Sequence[Click]) -> evaluation.Mask:
+        return watching.segment(image, made).mask
+
+    evaluation.evaluate(said(), segment, clicks=clicks, prepare=watching.prefetch, on_score=on_score)
+    return watching.passes
+
+
+def fit_levels(passes: Sequence[Pass], *, units: int = LEVEL_UNITS, seed: int = 0) -> tuple[float, ...]:
+    """Weights for level.choose: the highest expected IoU, with the levels chosen by softmax. The same for the same
+    passes on one machine.
+
+    raises  ConfigError when there are too few passes to learn from
+    """
+    useful = [one for one in passes if any(one.described)]
+    if len(useful) < 20:
+        raise ConfigError(f"{len(useful)} masks are too few to calibrate with.", "Give more objects.")
+    empty = (0.0,) * len(level.FEATURES)
+    x = torch.tensor([[numbers or empty for numbers in one.described] for one in useful], dtype=torch.float64)
+    known = torch.tensor([[numbers is not None for numbers in one.described] for one in useful])
+    iou = torch.tensor([one.ious for one in useful], dtype=torch.float64)
+    mean, scale = x[known].mean(0), x[known].std(0).clamp_min(1e-3)
+    x = (x - mean) / scale
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        drawn: torch.Tensor = torch.randn(*shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5
+        return drawn.requires_grad_()
+
+    W, b, v = random(units, x.shape[2]), random(units), random(units)
+    optimizer = torch.optim.AdamW([W, b, v], lr=_LEVEL_LR, weight_decay=_LEVEL_DECAY)
+    steps = _LEVEL_EPOCHS * -(-len(x) // _LEVEL_BATCH)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(_LEVEL_EPOCHS):
+        for batch in torch.randperm(len(x), generator=generator).split(_LEVEL_BATCH):
+            worth = torch.tanh(x[batch] @ W.T + b) @ v
+            chosen = worth.masked_fill(~known[batch], -torch.inf).softmax(1)
+            loss = -(chosen * iou[batch]).sum(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    with torch.no_grad():  # weights for the numbers as they are
+        W, b = W / scale, b - (W / scale) @ mean
+        flat = torch.cat([W.flatten(), b, v])
+    return tuple(float(f"{value:.6g}") for value in flat.tolist())
+
+
+def ious_at_levels(passes: Sequence[Pass], weights: Sequence[float]) -> dict[str, float]:
+    """Mean IoU of the passes at zero, at the chosen levels and at the best ones, mean over sources; 0..1."""
+    found: dict[str, dict[str, list[float]]] = {"at zero": {}, "chosen": {}, "best": {}}
+    for one in passes:
+        chosen = level.LEVELS.index(level.choose(one.described, weights))
+        for name, value in (("at zero", one.ious[level.ZERO]), ("chosen", one.ious[chosen]), ("best", max(one.ious))):
+            found[name].setdefault(one.source, []).append(value)
+    return {name: round(statistics.fmean(map(statistics.fmean, by.values())), 4) for name, by in found.items()}
 
 
 class Answer(NamedTuple):
@@ -119,11 +246,13 @@ def errors(answers: Sequence[Answer], weights: Sequence[float] | None = None) ->
     return out
 
 
-def write(checkpoint: Path, out: Path, weights: tuple[float, ...], facts: dict[str, Any]) -> str:
-    """The checkpoint with these weights of the score, tensors as precise as before; returns the digest."""
+def write(
+    checkpoint: Path, out: Path, weights: tuple[float, ...], levels: tuple[float, ...], facts: dict[str, Any]
+) -> str:
+    """The checkpoint with these weights of score and levels, tensors as precise as before; returns the digest."""
     loaded = load_checkpoint(checkpoint)
     dtype = next(t.dtype for t in load_file(checkpoint).values() if t.is_floating_point())
-    loaded.model.config = dataclasses.replace(loaded.model.config, score_weights=weights)
+    loaded.model.config = dataclasses.replace(loaded.model.config, score_weights=weights, level_weights=levels)
     provenance = {**loaded.provenance, "calibration": {**facts, "of": loaded.digest}}
     return save_checkpoint(out, loaded.model, provenance=provenance, dtype=dtype)
 
@@ -134,34 +263,61 @@ def command(
     out: Annotated[Path, typer.Option(help="The checkpoint to write; may be the same file.")],
     limit: Annotated[int, typer.Option(min=1, help="Objects a source to fit on.")] = 45,
     val_limit: Annotated[int, typer.Option(min=1, help="Objects a source to report on.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Of levels; each learns from those before it too.")] = 2,
     model_size: Annotated[int | None, typer.Option(help="Model size T [what the checkpoint chooses].")] = None,
     seed: int = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Compute threads [all cores].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Make the score of a checkpoint predict the IoU: mean absolute error before and after, on val objects."""
+    """Fit where masks are cut and what IoU the score promises: mean absolute error before and after, on val objects."""
     size: ModelSize = "auto" if model_size is None else model_size
     try:
         segmenter = load_segmenter(checkpoint, model_size=size, threads=threads)
-        found: dict[str, list[Answer]] = {}
+        levels = segmenter.config.level_weights
+        figures: dict[str, dict[str, float]] = {}
         with evaluation.Pack(data) as pack:
-            for split, n in (("train", limit), ("val", val_limit)):
+
+            def answers(split: str, n: int) -> list[Answer]:
                 refs = pack.choose(split, n)
-                with score_progress(len(refs), split) as advance:
-                    found[split] = collect(segmenter, pack.targets(refs), on_score=advance)
-        weights = fit(found["train"], seed=seed)
-        figures = {
-            "before": errors(found["val"]),
-            "after": errors(found["val"], weights),
-            "on train": errors(found["train"], weights),
+                with score_progress(len(refs), f"{split}, score") as advance:
+                    return collect(segmenter, pack.targets(refs), on_score=advance)
+
+            def passes(split: str, n: int) -> list[Pass]:
+                refs = pack.choose(split, n)
+                with score_progress(len(refs), f"{split}, levels") as advance:
+                    return collect_passes(model, pack.targets(refs), levels=levels, model_size=size, on_score=advance)
+
+            figures["before"] = errors(answers("val", val_limit))
+            if segmenter.config.walk_trust:
+                model = pack_model(load_checkpoint(checkpoint).model)
+                seen: list[Pass] = []
+                levels = ()
+                for _ in range(rounds):
+                    seen += passes("train", limit)
+                    levels = fit_levels(seen, seed=seed)
+                figures["IoU of passes"] = ious_at_levels(passes("val", val_limit), levels)
+                segmenter.config = dataclasses.replace(segmenter.config, level_weights=levels)
+                segmenter.clear_cache()
+            found = answers("train", limit)
+            weights = fit(found, seed=seed)
+            figures["after"] = errors(answers("val", val_limit), weights)
+            figures["on train"] = errors(found, weights)
+        facts = {
+            "objects a source": limit,
+            "rounds": rounds,
+            "model_size": size,
+            "answers": len(found),
+            "val": figures["after"],
         }
-        facts = {"objects a source": limit, "model_size": size, "answers": len(found["train"]), "val": figures["after"]}
-        digest = write(checkpoint, out, weights, facts)
+        digest = write(checkpoint, out, weights, levels, facts)
     except (Inter2FormerError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     if as_json:
         typer.echo(json.dumps({"out": str(out), "sha256": digest, **figures}))
         return
+    in_levels = figures.pop("IoU of passes", None)
+    if in_levels is not None:
+        print_rows("IoU by level", [in_levels])
     print_rows("mean absolute error of the score", [{"": name, **row} for name, row in figures.items()])
     typer.echo(f"wrote {out}")

@@ -22,9 +22,9 @@ from inter2former.nn.model import Inter2Former
 def mean(loaded: Sequence[Loaded]) -> Inter2Former:
     """The model of the mean weights; counters are those of the first.
 
-    raises  CheckpointError when the configurations differ in more than the score's weights, which are left out
+    raises  CheckpointError when the configurations differ in more than weights of score and levels, which are left out
     """
-    configs = [dataclasses.replace(one.model.config, score_weights=()) for one in loaded]
+    configs = [dataclasses.replace(one.model.config, score_weights=(), level_weights=()) for one in loaded]
     for number, config in enumerate(configs[1:], 2):
         if config != configs[0]:
             differing = [

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import make_image, make_tiny_model
 
-from inter2former import Box, Click, Segmenter
+from inter2former import Box, Click, Segmenter, level
 from inter2former.checkpoints import load_checkpoint, save_checkpoint
 from inter2former.config import tiny
 from inter2former.nn.model import Inter2Former
@@ -31,7 +31,9 @@ picture = functools.cache(make_image)
 @pytest.fixture(scope="module")
 def tiny_model() -> Inter2Former:
     """With all that the shipped weights do after a pass."""
-    return make_tiny_model(dataclasses.replace(tiny(), island_share=0.1, walk_trust=0.05))
+    numbers = len(level.FEATURES)
+    weights = tuple(np.random.default_rng(0).normal(0, 1, 3 * (numbers + 2)).tolist())
+    return make_tiny_model(dataclasses.replace(tiny(), island_share=0.1, walk_trust=0.05, level_weights=weights))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,13 +14,15 @@ from synthetic import make_tiny_model
 from train_pack import write_pack
 from typer.testing import CliRunner
 
-from inter2former import evaluation, score
+from inter2former import evaluation, level, score
 from inter2former.checkpoints import load_checkpoint, save_checkpoint
+from inter2former.config import tiny
 from inter2former.errors import ConfigError
+from inter2former.runtime.packing import pack
 from inter2former.segmenter import Segmenter
 from train import __main__ as cli
 from train import calibrate
-from train.calibrate import Answer
+from train.calibrate import Answer, Pass
 
 N = len(score.EVIDENCE)
 
@@ -67,14 +70,63 @@ def test_answers_hold_what_evaluation_measured(segmenter: Segmenter) -> None:
     assert all(answer.evidence is not None and len(answer.evidence) == N for answer in answers)
 
 
+# -- levels ----------------------------------------------------------------------------------------------------------
+
+
+def invented_passes(n: int = 200, seed: int = 0) -> list[Pass]:
+    """Passes whose IoU is highest where two kinds of evidence are equal; some levels are empty."""
+    rng = np.random.default_rng(seed)
+    passes = []
+    for index in range(n):
+        numbers = rng.normal(2, 3, (len(level.LEVELS), len(level.FEATURES)))
+        ious = np.exp(-np.abs(numbers[:, 1] - numbers[:, 12]) / 3)
+        described = [None if rng.random() < 0.1 else tuple(row.tolist()) for row in numbers]
+        passes.append(Pass(f"s{index % 2}", tuple(described), tuple(ious.tolist())))
+    return passes
+
+
+def test_the_fit_of_levels_finds_what_there_is_to_find() -> None:
+    weights = calibrate.fit_levels(invented_passes(1500))
+    assert level.hidden_units(len(weights)) == calibrate.LEVEL_UNITS
+    assert weights == calibrate.fit_levels(invented_passes(1500))
+    found = calibrate.ious_at_levels(invented_passes(seed=1), weights)
+    assert found["at zero"] < 0.45
+    assert found["chosen"] > found["best"] - 0.1
+
+
+def test_too_few_passes_are_refused() -> None:
+    nothing = Pass("s", (None,) * len(level.LEVELS), (0.0,) * len(level.LEVELS))
+    with pytest.raises(ConfigError, match="19 masks are too few"):
+        calibrate.fit_levels([*invented_passes(19), *[nothing] * 100])
+
+
+def test_passes_hold_what_each_level_would_give() -> None:
+    model = pack(make_tiny_model(dataclasses.replace(tiny(), walk_trust=0.05, island_share=0.1)))
+    truth = np.zeros((256, 256), bool)
+    truth[60:190, 80:200] = True
+    image = np.where(truth[..., None], np.uint8(220), np.uint8(40)).repeat(3, 2)
+    scores: list[evaluation.Score] = []
+    passes = calibrate.collect_passes(
+        model, [evaluation.Target("s", "a", image, truth)], 3, model_size=256, on_score=scores.append
+    )
+    assert len(passes) == 3
+    assert all(one.source == "s" and len(one.described) == len(one.ious) == len(level.LEVELS) for one in passes)
+    # At 256 x 256 the frame is the image: what is served differs by small holes and clicked pixels only.
+    at_zero = [one.ious[level.ZERO] for one in passes]
+    assert at_zero == pytest.approx(list(scores[0].ious), abs=0.02)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_nothing_but_the_score_changes(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_nothing_but_scores_and_levels_change(tmp_path: Path, dtype: torch.dtype) -> None:
     path, out = tmp_path / "before.safetensors", tmp_path / "after.safetensors"
-    digest = save_checkpoint(path, make_tiny_model(), provenance={"recipe": "random"}, dtype=dtype)
+    model = make_tiny_model(dataclasses.replace(tiny(), walk_trust=0.05))
+    digest = save_checkpoint(path, model, provenance={"recipe": "random"}, dtype=dtype)
     weights = tuple(math.sin(i) for i in range(N + 3))
-    assert calibrate.write(path, out, weights, {"answers": 7}) == load_checkpoint(out).digest
+    levels = tuple(math.cos(i) for i in range(len(level.FEATURES) + 2))
+    assert calibrate.write(path, out, weights, levels, {"answers": 7}) == load_checkpoint(out).digest
     before, after = load_checkpoint(path), load_checkpoint(out)
     assert after.model.config.score_weights == weights
+    assert after.model.config.level_weights == levels
     assert after.provenance == {"recipe": "random", "calibration": {"answers": 7, "of": digest}}
     for key, value in before.model.state_dict().items():
         assert torch.equal(value, after.model.state_dict()[key])
@@ -94,3 +146,20 @@ def test_the_command_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, [*arguments.replace("--limit 3", "--limit 1").split()])
     assert result.exit_code == 1
     assert "too few" in result.output
+
+
+def test_the_command_line_fits_levels_where_there_is_a_walk(tmp_path: Path) -> None:
+    walking, out = tmp_path / "walking.safetensors", tmp_path / "out.safetensors"
+    save_checkpoint(walking, make_tiny_model(dataclasses.replace(tiny(), walk_trust=0.05)))
+    folder = write_pack(tmp_path / "pack", photos=3)
+    arguments = f"calibrate --checkpoint {walking} --data {folder} --out {out} --limit 3 --model-size 256"
+    result = CliRunner().invoke(cli.app, [*arguments.split(), "--json"])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.output)
+    assert set(figures["IoU of passes"]) == {"at zero", "chosen", "best"}
+    config = load_checkpoint(out).model.config
+    assert level.hidden_units(len(config.level_weights)) == calibrate.LEVEL_UNITS
+    assert config.score_weights
+    result = CliRunner().invoke(cli.app, arguments.replace(str(walking), str(out)).split())
+    assert result.exit_code == 0, result.output
+    assert "IoU by level" in result.output
