@@ -44,7 +44,8 @@ class Switches:
     full_prompt: bool = False  # embed the prompt everywhere instead of in the box of what is told
     attention: str = "hybrid"  # full or bsq: that kind for every token; experts are still chosen by edge tokens
     full_upsampling: bool = False  # upsample everywhere instead of where the localisation found something
-    walk: bool = True
+    walk: bool = True  # the random walk, and with it the choice of levels
+    levels: bool = True
     served: bool = False
 
 
@@ -55,7 +56,8 @@ VARIANTS = (
     Switches("BSQ attention everywhere", attention="bsq"),
     Switches("full upsampling", full_upsampling=True),
     Switches("none of the shortcuts", full_prompt=True, attention="full", full_upsampling=True),
-    Switches("no random walk", walk=False),
+    Switches("cut at zero", levels=False),
+    Switches("and no random walk", walk=False),
     Switches("as served", served=True),
 )
 
@@ -64,7 +66,12 @@ class Variant(Inter2Former):
     """The plain model with switches; its weights are loaded like any other's."""
 
     def __init__(self, model: Inter2Former, switches: Switches) -> None:
-        super().__init__(model.config if switches.walk else dataclasses.replace(model.config, walk_trust=0.0))
+        config = model.config
+        if not switches.walk:
+            config = dataclasses.replace(config, walk_trust=0.0, level_weights=())
+        elif not switches.levels:
+            config = dataclasses.replace(config, level_weights=())
+        super().__init__(config)
         self.load_state_dict(model.state_dict())
         self.switches = switches
         self.eval().requires_grad_(False)
