@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from inter2former import score
-from inter2former.random_walk import CELLS
+from inter2former.random_walk import CELLS, neighbours
 
 Float32 = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -33,7 +33,6 @@ FEATURES = (
     "ragged",  # log of the border's length relative to sqrt(area)
     "level",
 )
-_STEPS = ((0, 1), (1, 0), (1, 1), (1, -1))  # of links, as in random_walk.py
 
 
 def describe(
@@ -81,9 +80,7 @@ def _walked(masks: Mask, links: Float32) -> tuple[Float32, Float32, Float32, flo
     count, rows, columns = masks.shape
     across, borders, within = np.zeros((3, count), np.float32)
     everywhere = 0.0
-    for link, (dy, dx) in zip(links.reshape(4, CELLS, CELLS), _STEPS, strict=True):
-        here = np.s_[: rows - dy, max(-dx, 0) : columns - max(dx, 0)]
-        there = np.s_[dy:rows, max(dx, 0) : columns + min(dx, 0)]
+    for link, (here, there) in zip(links.reshape(4, CELLS, CELLS), neighbours(rows, columns), strict=True):
         free = link[here].ravel()
         inside = masks[:, *here]
         border = (inside != masks[:, *there]).reshape(count, -1)

@@ -23,8 +23,9 @@ UInt8 = npt.NDArray[np.uint8]
 TokenBox = tuple[int, int, int, int]
 
 CELLS = 64  # a side; 128 brings nothing (75 objects) and costs four times as much
-# A cell and its neighbours to the right, below, below right and below left, as distances in the flattened grid.
-STEPS = (1, CELLS, CELLS + 1, CELLS - 1)
+# From a cell to its neighbours to the right, below, below right and below left: rows and columns, and in the flat grid.
+DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))
+STEPS = tuple(dy * CELLS + dx for dy, dx in DIRECTIONS)
 CONTRAST = 3.0  # of a link: exp(-CONTRAST * squared difference of colours / their mean); 1.5 to 10 do as well
 FLOOR = 1e-3  # no outline is closed
 DIAGONAL = 0.7  # of the links across corners, which are longer
@@ -41,6 +42,17 @@ ITERATIONS = 40  # of conjugate gradients; 200 change nothing
 NEARLY = 1e-2  # chances keep this distance from 0 and 1
 
 
+def neighbours(rows: int, columns: int) -> list[tuple[tuple[slice, slice], tuple[slice, slice]]]:
+    """For each of DIRECTIONS the cells of a grid that have such a neighbour, and these neighbours."""
+    return [
+        (
+            np.s_[: rows - dy, max(-dx, 0) : columns - max(dx, 0)],
+            np.s_[dy:rows, max(dx, 0) : columns + min(dx, 0)],
+        )
+        for dy, dx in DIRECTIONS
+    ]
+
+
 def links(image: Tensor, size: int) -> Float32:
     """How freely one walks between neighbouring cells.
 
@@ -52,9 +64,7 @@ def links(image: Tensor, size: int) -> Float32:
     _, rows, columns = colour.shape
     out = np.zeros((4, CELLS, CELLS), np.float32)
     known = np.zeros((4, CELLS, CELLS), np.bool_)
-    for n, (dy, dx) in enumerate(((0, 1), (1, 0), (1, 1), (1, -1))):
-        here = np.s_[: rows - dy, max(-dx, 0) : columns - max(dx, 0)]
-        there = np.s_[dy:rows, max(dx, 0) : columns + min(dx, 0)]
+    for n, (here, there) in enumerate(neighbours(rows, columns)):
         out[n][here] = np.square(colour[:, *here] - colour[:, *there]).sum(0)
         known[n][here] = True
     straight = out[:2][known[:2]]
@@ -119,23 +129,23 @@ def _means(values: Float32, side: int) -> Float32:
 def _solve(links: Float32, trust: np.float32, said: Float32, object_: Float32, background: Float32) -> Float32:
     """Conjugate gradients, preconditioned by the diagonal, from what the network said. All arguments flat."""
 
-    def neighbours(x: Float32) -> Float32:
+    def around(x: Float32) -> Float32:
         total = np.zeros_like(x)
         for link, step in zip(links, STEPS, strict=True):
             total[:-step] += link[:-step] * x[step:]
             total[step:] += link[:-step] * x[:-step]
         return total
 
-    leave = neighbours(np.ones_like(said)) + trust + object_ + background
+    leave = around(np.ones_like(said)) + trust + object_ + background
     x = said.copy()
-    residual = trust * said + object_ - (leave * x - neighbours(x))
+    residual = trust * said + object_ - (leave * x - around(x))
     scaled = residual / leave
     direction = scaled.copy()
     energy = float(residual @ scaled)
     for _ in range(ITERATIONS):
         if energy < 1e-12:
             break
-        product = leave * direction - neighbours(direction)
+        product = leave * direction - around(direction)
         length = np.float32(energy / float(direction @ product))
         x += length * direction
         residual -= length * product

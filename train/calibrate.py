@@ -42,6 +42,22 @@ LEVEL_UNITS = 40  # of the hidden layer; 24 gain a tenth less, 64 and a second l
 _LEVEL_EPOCHS, _LEVEL_BATCH, _LEVEL_LR, _LEVEL_DECAY = 60, 128, 4e-3, 1e-3
 
 
+def _random(generator: torch.Generator, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """Weights to begin with, float64."""
+    drawn = [torch.randn(*shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5 for shape in shapes]
+    return [weights.requires_grad_() for weights in drawn]
+
+
+@torch.no_grad()
+def _of_plain_numbers(
+    mean: torch.Tensor, scale: torch.Tensor, W: torch.Tensor, b: torch.Tensor, *rest: torch.Tensor
+) -> tuple[float, ...]:
+    """All weights one after the other, of numbers as they are instead of (x - mean) / scale; to six digits."""
+    W = W / scale
+    flat = torch.cat([W.flatten(), b - W @ mean, *rest])
+    return tuple(float(f"{value:.6g}") for value in flat.tolist())
+
+
 class Pass(NamedTuple):
     """One decoder pass: what its mask looks like at each level (level.describe), and its IoU there."""
 
@@ -123,12 +139,7 @@ def fit_levels(passes: Sequence[Pass], *, units: int = LEVEL_UNITS, seed: int = 
     mean, scale = x[known].mean(0), x[known].std(0).clamp_min(1e-3)
     x = (x - mean) / scale
     generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> torch.Tensor:
-        drawn: torch.Tensor = torch.randn(*shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5
-        return drawn.requires_grad_()
-
-    W, b, v = random(units, x.shape[2]), random(units), random(units)
+    W, b, v = _random(generator, (units, x.shape[2]), (units,), (units,))
     optimizer = torch.optim.AdamW([W, b, v], lr=_LEVEL_LR, weight_decay=_LEVEL_DECAY)
     steps = _LEVEL_EPOCHS * -(-len(x) // _LEVEL_BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -141,10 +152,7 @@ def fit_levels(passes: Sequence[Pass], *, units: int = LEVEL_UNITS, seed: int = 
             loss.backward()
             optimizer.step()
             schedule.step()
-    with torch.no_grad():  # weights for the numbers as they are
-        W, b = W / scale, b - (W / scale) @ mean
-        flat = torch.cat([W.flatten(), b, v])
-    return tuple(float(f"{value:.6g}") for value in flat.tolist())
+    return _of_plain_numbers(mean, scale, W, b, v)
 
 
 def ious_at_levels(passes: Sequence[Pass], weights: Sequence[float]) -> dict[str, float]:
@@ -205,12 +213,7 @@ def fit(answers: Sequence[Answer], *, units: int = UNITS, seed: int = 0) -> tupl
     y = torch.tensor([iou for _, iou in useful], dtype=torch.float64)
     mean, scale = x.mean(0), x.std(0).clamp_min(1e-3)
     generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> torch.Tensor:
-        drawn: torch.Tensor = torch.randn(*shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5
-        return drawn.requires_grad_()
-
-    W, b, v, c = random(units, x.shape[1]), random(units), random(units), random(1)
+    W, b, v, c = _random(generator, (units, x.shape[1]), (units,), (units,), (1,))
     optimizer = torch.optim.AdamW([W, b, v, c], lr=_LR, weight_decay=_DECAY)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, _STEPS)
     standard = (x - mean) / scale
@@ -221,10 +224,7 @@ def fit(answers: Sequence[Answer], *, units: int = UNITS, seed: int = 0) -> tupl
         loss.backward()
         optimizer.step()
         schedule.step()
-    with torch.no_grad():  # weights for the evidence as it is
-        W, b = W / scale, b - (W / scale) @ mean
-        flat = torch.cat([W.flatten(), b, v, c])
-    return tuple(float(f"{value:.6g}") for value in flat.tolist())
+    return _of_plain_numbers(mean, scale, W, b, v, c)
 
 
 def errors(answers: Sequence[Answer], weights: Sequence[float] | None = None) -> dict[str, float]:
