@@ -26,8 +26,8 @@ from benchmarks.results import write_result
 from inter2former.checkpoints import STARTER, load_checkpoint
 from inter2former.evaluation import Image, Mask, Pack, Target, evaluate, summarise
 from inter2former.files import write_atomically
-from inter2former.nn.model import Decoded, ImageEncoding, Inter2Former
-from inter2former.nn.prompt_embedding import prompt_box
+from inter2former.nn.model import Decoded, ImageEncoding, Inter2Former, Part
+from inter2former.nn.prompt_embedding import PixelBox
 from inter2former.prompts import Click
 from inter2former.runtime.packing import pack
 from inter2former.segmenter import ModelSize, Segmenter
@@ -81,21 +81,18 @@ class Variant(Inter2Former):
         if switches.full_upsampling:
             self.upsampling.threshold = -torch.inf
 
-    def decode(self, encoding: ImageEncoding, reference: np.ndarray | Tensor) -> Decoded:
-        labels = reference.numpy() if isinstance(reference, Tensor) else reference
-        with torch.inference_mode():
-            told = prompt_box(labels)
-            edge = torch.from_numpy(self.find_edge_tokens(labels, told, self.config.edge_rule)).flatten()
-            full = (0, 0, labels.shape[1], labels.shape[0])
-            x = self.prompted(encoding, labels, full if self.switches.full_prompt else told)
-            return self.decode_tokens(encoding, x, edge)
+    def prompted(self, encoding: ImageEncoding, labels: np.ndarray, box: PixelBox) -> Tensor:
+        full = (0, 0, labels.shape[1], labels.shape[0])
+        return super().prompted(encoding, labels, full if self.switches.full_prompt else box)
 
-    def decode_tokens(self, encoding: ImageEncoding, x: Tensor, edge: Tensor) -> Decoded:
+    def decode_tokens(self, encoding: ImageEncoding, x: Tensor, edge: Tensor, part: Part | None = None) -> Decoded:
         h, w = encoding.tokens.shape[-2:]
+        grid, window = part or ((h, w), None)
         kind = self.switches.attention
         attends = edge if kind == "hybrid" else torch.full_like(edge, kind == "full")
         for block in self.blocks:
-            x = x + block.attention.decode(block.norm1(x), (h, w), attends)  # type: ignore[operator, union-attr]
+            normed = block.norm1(x)  # type: ignore[operator]
+            x = x + block.attention.decode(normed, grid, attends, window)  # type: ignore[operator, union-attr]
             x = x + block.experts(block.norm2(x), edge)  # type: ignore[operator]
         return Decoded(*self.upsampling.decode(x.t().unflatten(1, (h, w)).unsqueeze(0), encoding.edges))
 

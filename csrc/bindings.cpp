@@ -249,7 +249,9 @@ public:
     // -> logits inside the box, box in tokens, low logits
     py::tuple decode(const py::object& tokens_object, const py::list& edges, const py::list& units, const py::list& middles,
                      const py::object& cosines_object, const py::object& sines_object, const py::object& state_object,
-                     const std::optional<std::array<std::int64_t, 4>>& forced) const {
+                     const std::optional<std::array<std::int64_t, 4>>& forced,
+                     const std::optional<bool>& constant_is_edge,
+                     const std::optional<std::array<std::int64_t, 4>>& looked_at) const {
         const i2f::DecoderSizes& sizes = decoder_->sizes();
         const auto tokens = typed<float>(tokens_object, "tokens", 3);
         const std::int64_t rows = tokens.shape(0);
@@ -308,9 +310,21 @@ public:
         const auto state = typed<std::uint8_t>(state_object, "state", 2);
         require_shape(state, "state", {16 * rows, 16 * columns});
         const std::ptrdiff_t stride = row_stride(state, "state");
-        const std::uint8_t* const states = state.data();
+        const auto inside = [](const std::array<std::int64_t, 4>& asked, const char* name,
+                               const i2f::TokenBox& whole) -> i2f::TokenBox {
+            const auto [left, top, right, bottom] = asked;
+            if (left < whole.left || top < whole.top || right > whole.right || bottom > whole.bottom || left >= right ||
+                top >= bottom) {
+                throw py::value_error(std::string(name) + " " + shape_text({left, top, right, bottom}) +
+                                      " must be left, top, right, bottom in tokens.");
+            }
+            return {left, top, right, bottom};
+        };
+        i2f::TokenBox window{0, 0, columns, rows};
+        if (looked_at) window = inside(*looked_at, "window", window);
+        const std::uint8_t* const states = state.data() + 16 * window.top * stride + 16 * window.left;
 
-        py::array_t<float> low(std::vector<py::ssize_t>{rows, columns});
+        py::array_t<float> low(std::vector<py::ssize_t>{window.rows(), window.columns()});
         float* const low_data = low.mutable_data();
         static thread_local i2f::Arena arena;
         i2f::TokenBox box{};
@@ -319,27 +333,21 @@ public:
         {
             const py::gil_scoped_release unlocked;
             i2f::Box told{};
-            known = i2f::prompt_box(decoder_->kernels(), states, stride, 16 * rows, 16 * columns, told);
+            known = i2f::prompt_box(decoder_->kernels(), states, stride, 16 * window.rows(), 16 * window.columns(), told);
             if (known) {
                 x = reinterpret_cast<float*>(
-                    arena.get(static_cast<std::size_t>(rows * columns * sizes.width) * sizeof(float)));
-                box = decoder_->locate(image, states, stride, told, low_data, x);
+                    arena.get(static_cast<std::size_t>(window.rows() * window.columns() * sizes.width) * sizeof(float)));
+                box = decoder_->locate(image, window, states, stride, told,
+                                       constant_is_edge.value_or(sizes.constant_is_edge), low_data, x);
             }
         }
         if (!known) throw py::value_error("state holds a value above 4; states are 0 to 4.");
-        if (forced) {
-            const auto [left, top, right, bottom] = *forced;
-            if (left < 0 || top < 0 || right > columns || bottom > rows || left >= right || top >= bottom) {
-                throw py::value_error("box " + shape_text({left, top, right, bottom}) +
-                                      " must be left, top, right, bottom in tokens.");
-            }
-            box = {left, top, right, bottom};
-        }
-        py::array_t<float> logits(std::vector<py::ssize_t>{16 * (box.bottom - box.top), 16 * (box.right - box.left)});
+        if (forced) box = inside(*forced, "box", window);
+        py::array_t<float> logits(std::vector<py::ssize_t>{16 * box.rows(), 16 * box.columns()});
         float* const to = logits.mutable_data();
         {
             const py::gil_scoped_release unlocked;
-            decoder_->draw(image, x, box, to);
+            decoder_->draw(image, window, x, box, to);
         }
         return py::make_tuple(logits, py::make_tuple(box.left, box.top, box.right, box.bottom), low);
     }
@@ -623,7 +631,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         .def(py::init<const py::dict&, const py::dict&, const std::string&, const std::string&>(), py::arg("weights"),
              py::arg("sizes"), py::arg("isa") = "auto", py::arg("precision") = "float32")
         .def("decode", &Decoder::decode, py::arg("tokens"), py::arg("edges"), py::arg("units"), py::arg("middles"), py::arg("cosines"),
-             py::arg("sines"), py::arg("state"), py::arg("box") = py::none())
+             py::arg("sines"), py::arg("state"), py::arg("box") = py::none(), py::arg("constant_is_edge") = py::none(), py::arg("window") = py::none())
         .def_property_readonly("isa", &Decoder::isa)
         .def_property_readonly("nbytes", &Decoder::nbytes);
     py::class_<Convolution>(m, "Convolution")

@@ -66,6 +66,8 @@ class Decoder:
         sines: npt.NDArray[np.float32],
         state: npt.NDArray[np.uint8],
         box: tuple[int, int, int, int] | None = None,
+        constant_is_edge: bool | None = None,
+        window: tuple[int, int, int, int] | None = None,
     ) -> tuple[npt.NDArray[np.float32], tuple[int, int, int, int], npt.NDArray[np.float32]]: ...
     @property
     def isa(self) -> str: ...

@@ -9,7 +9,8 @@ How a mask is made (paper 3.3, and the click loop of the released implementation
     for each click:  R = paint(R, click);  logits = walk(decode(encoding, R));  R = apply(R, logits > 0)
     mask = (logits of the last decoder pass, resized to the image) > 0, then every click is kept
 
-A box or an initial mask without clicks is decoded once as it is. Where the configuration says so, colours are asked
+A box or an initial mask without clicks is decoded once as it is. Above the configuration's coarse size masks are found
+at that size, and at T their outlines alone are drawn again. Where the configuration says so, colours are asked
 about each pass's logits (random_walk.py), they are cut where that suits them best (level.py), small islands that nobody
 clicked are left out, and in what is shown of the last pass small holes are filled and outlines in large photos are
 smoothed. Each step depends on the one before and on nothing else, so (R, logits) after a step are cached under a digest
@@ -36,8 +37,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from inter2former import level, random_walk, reference_mask, score
+from inter2former import level, random_walk, reference_mask, refinement, score
 from inter2former.checkpoints import STARTER, load_checkpoint
+from inter2former.config import EdgeRule
 from inter2former.errors import ConfigError, Inter2FormerError, NumericError, PromptError
 from inter2former.images import MAX_PIXELS, OUTSIDE, Frame, as_rgb, choose_size, image_key
 from inter2former.nn.layers import rope_tables
@@ -296,7 +298,7 @@ class Segmenter:
 
     @property
     def encodes(self) -> int:
-        """How often the image encoder has run."""
+        """How often the image encoder has run; for outlines at a larger T it does not."""
         return self._encodes
 
     def cache_info(self) -> CacheInfo:
@@ -350,7 +352,9 @@ class Segmenter:
             info = self._cache.get(("bytes", hashlib.sha256(image).digest()))
         if info is None:
             return False
-        return self._cache.get(("encoding", info.key, self._frame(info, model_size).size)) is not None
+        frame = self._frame(info, model_size)
+        sizes = {frame.size, self._coarse(frame).size}
+        return all(self._cache.get(("encoding", info.key, size)) is not None for size in sizes)
 
     # -- work --------------------------------------------------------------------------------------------------------
 
@@ -362,7 +366,9 @@ class Segmenter:
         raises  ImageError, NumericError, PromptError for an impossible model_size
         """
         pixels = _Pixels(self, image, _Clock())
-        self._encoding(pixels, self._frame(pixels.info, model_size))
+        frame = self._frame(pixels.info, model_size)
+        self._encoding(pixels, self._coarse(frame))
+        self._encoding(pixels, frame)
         return pixels.info.key
 
     def segment(
@@ -398,33 +404,38 @@ class Segmenter:
         pixels = _Pixels(self, image, clock)
         info = pixels.info
         frame = self._frame(info, model_size)
+        coarse = self._coarse(frame)
         clicked = [(*click.pixel(info.height, info.width), click.positive) for click in clicks]
         start = _Start(
-            box=None if box is None else frame.box_to_model(box),
-            mask=_mask_in_model(initial_mask, frame),
+            box=None if box is None else coarse.box_to_model(box),
+            mask=_mask_in_model(initial_mask, coarse),
         )
 
-        state, encoded = None, False
-        groups = [[(*frame.model_pixel(click.x, click.y), click.positive)] for click in clicks]
+        state, encoded, found = None, False, None
+        at = _clicks_in(coarse, clicks)
         if any(click.positive for click in clicks) or box is not None or start.mask is not None:
-            state, encoded = self._run(pixels, frame, start, groups or [[]])
+            state, encoding, encoded = self._run(pixels, coarse, start, [[click] for click in at] or [[]])
+            with clock("resize"):
+                found = state.found
+                if self.config.island_share:
+                    refused = start.said(coarse.size, at, inside=False)
+                    found = found.without_small(HOLE * self.config.island_share, refused, inside=False)
+            if coarse is not frame:
+                found, drawn = self._refined(pixels, found, encoding, coarse, frame, _clicks_in(frame, clicks))
+                encoded |= drawn
 
-        found = None if state is None else state.found
         with clock("resize"):
             if found is None:
                 mask = np.zeros((info.height, info.width), np.bool_)
             else:
-                if self.config.island_share:
-                    refused = start.said(frame.size, [click for group in groups for click in group], inside=False)
-                    found = found.without_small(HOLE * self.config.island_share, refused, inside=False)
-                    if frame.scale * ENLARGED < 1:
-                        found = found.without_teeth()
+                if self.config.island_share and frame.scale * ENLARGED < 1:
+                    found = found.without_teeth()
                 mask = frame.mask_from_logits(torch.from_numpy(found.inside), found.box)
             _keep_clicks(mask, clicked)
             mask.flags.writeable = False
         return Segmentation(
             mask=mask,
-            score=self._score(state, frame),
+            score=self._score(state, coarse),
             evidence=None if state is None else state.evidence,
             clicks=clicks,
             image_key=info.key,
@@ -444,10 +455,10 @@ class Segmenter:
 
     def _run(
         self, pixels: _Pixels, frame: Frame, start: _Start, groups: Sequence[Sequence[ModelClick]]
-    ) -> tuple[_State, bool]:
+    ) -> tuple[_State, ImageEncoding | None, bool]:
         """All steps from the start, one group of clicks each; what is known already is not computed again.
 
-        returns  what is known after the last one, and whether the image was encoded
+        returns  what is known after the last one, the image's encoding if it was needed, and whether it was made now
         """
         # A chain of digests: 16 bytes name the image, T, the start and every click so far.
         keys: list[bytes] = []
@@ -468,15 +479,14 @@ class Segmenter:
             nonlocal encoding, encoded
             if encoding is None:
                 encoding, encoded = self._encoding(pixels, frame)
-            # In PyTorch a click would wait behind the very encode that stands aside for it.
-            with contextlib.nullcontext() if self._native_decoder() is None else compute.first():
+            with self._first():
                 return self._step(encoding, frame, start, before, clicks)
 
         for n in range(known, len(keys)):
             with pixels.clock("click"):
                 state = self._cache.get_or_make(keys[n], functools.partial(step, state, groups[: n + 1]))
         assert state is not None  # there is at least one group
-        return state, encoded
+        return state, encoding, encoded
 
     def _step(
         self,
@@ -518,14 +528,44 @@ class Segmenter:
             return 0.0
         return level.choose(at_levels(found, encoding, clicks, previous, frame), self.config.level_weights)
 
+    def _refined(
+        self,
+        pixels: _Pixels,
+        found: _Found,
+        coarse_encoding: ImageEncoding | None,
+        coarse: Frame,
+        frame: Frame,
+        clicks: Sequence[ModelClick],
+    ) -> tuple[_Found | None, bool]:
+        """What was found in the coarse frame, its outlines drawn in the larger one (refinement.py), where the clicks
+        are; None for nothing. And whether the larger one had to be encoded."""
+        with pixels.clock("click"):
+            spread = refinement.spread(found.inside, found.box, coarse, frame)
+            if spread is None:
+                return None, False
+            encoding, made = self._encoding(pixels, frame, coarse_encoding)
+            told = reference_mask.from_mask(spread.mask(frame.size))
+            told = reference_mask.paint_clicks(told, clicks, self.config.click_radius)
+            with self._first():
+                # Inside of the outline, and far from it, nothing is left to be found.
+                fine = self._decode(encoding, told, "exact", spread.window(frame.size))
+            return _Found(spread.drawn(fine.inside, fine.box), spread.box), made
+
+    def _coarse(self, frame: Frame) -> Frame:
+        """The frame in which masks are found: itself unless the configuration names a smaller one."""
+        size = self.config.coarse_size
+        return frame if size == 0 or frame.size <= size else dataclasses.replace(frame, size=size)
+
     def _frame(self, info: ImageInfo, model_size: ModelSize | None) -> Frame:
         size = self._model_size if model_size is None else _check_size(model_size, PromptError)
         if size == "auto":
             size = choose_size(info.height, info.width, self.config.auto_sizes)
         return Frame(info.height, info.width, size, self.config.input_convention)
 
-    def _encoding(self, pixels: _Pixels, frame: Frame) -> tuple[ImageEncoding, bool]:
-        """From the cache, or encoded now; the second value says which."""
+    def _encoding(
+        self, pixels: _Pixels, frame: Frame, coarse: ImageEncoding | None = None
+    ) -> tuple[ImageEncoding, bool]:
+        """From the cache, or made now; the second value says which. `coarse`: that of the coarse frame, if at hand."""
         made = False
 
         def make() -> ImageEncoding:
@@ -538,8 +578,10 @@ class Segmenter:
             rgb = pixels.rgb()
             with pixels.clock("prepare"):
                 image = compute.run(lambda: frame.prepare(rgb))
+            smaller = self._coarse(frame)
+            known_coarse = coarse if coarse is not None or smaller is frame else self._encoding(pixels, smaller)[0]
             with pixels.clock("encode"):
-                encoding = compute.run(lambda: self._encode(image, frame), aside_s=ASIDE_S)
+                encoding = compute.run(lambda: self._encode(image, frame, known_coarse), aside_s=ASIDE_S)
             if self._on_disk is not None:
                 self._on_disk.store(name, encoding)
             return encoding
@@ -549,14 +591,18 @@ class Segmenter:
         return encoding, made
 
     @torch.inference_mode()
-    def _encode(self, image: torch.Tensor, frame: Frame) -> ImageEncoding:
-        encoding = self._model.encode(image)
-        if self.config.walk_trust:
-            height, width = frame.valid
-            links = random_walk.links(image[:, :height, :width], frame.size)
-            encoding = encoding._replace(links=torch.from_numpy(links))
-        with self._counter:
-            self._encodes += 1
+    def _encode(self, image: torch.Tensor, frame: Frame, coarse: ImageEncoding | None = None) -> ImageEncoding:
+        """At the size where masks are found; or, with that encoding, at a larger one for their outlines."""
+        if coarse is None:
+            encoding = self._model.encode(image)
+            if self.config.walk_trust:
+                height, width = frame.valid
+                links = random_walk.links(image[:, :height, :width], frame.size)
+                encoding = encoding._replace(links=torch.from_numpy(links))
+            with self._counter:
+                self._encodes += 1
+        else:
+            encoding = self._model.encode_finer(image, coarse)
         # A sum is finite when all its parts are, and costs one pass over the memory.
         if not all(math.isfinite(float(part.sum())) for part in (encoding.tokens, *encoding.edges)):
             raise NumericError("The image encoding is not finite.", "The weights may be damaged.")
@@ -569,20 +615,32 @@ class Segmenter:
         decoder = getattr(self._model.decode, "__self__", None)
         return decoder if isinstance(decoder, FusedDecoder) else None
 
-    def _decode(self, encoding: ImageEncoding, reference: UInt8) -> _Found:
-        """One pass. The native decoder runs where it is called, so that no click waits for an encode."""
+    def _first(self) -> contextlib.AbstractContextManager[None]:
+        """Encodes stand aside for what runs inside. In PyTorch a click would wait behind the very encode that does."""
+        return contextlib.nullcontext() if self._native_decoder() is None else compute.first()
+
+    def _decode(
+        self,
+        encoding: ImageEncoding,
+        reference: UInt8,
+        edge_rule: EdgeRule | None = None,
+        window: TokenBox | None = None,
+    ) -> _Found:
+        """One pass, see Inter2Former.decode. The native one runs where it is called: no click waits for an encode."""
         native_decoder = self._native_decoder()
         if native_decoder is not None:
-            inside, box, low = native_decoder.click(encoding, reference)
+            inside, box, low = native_decoder.click(encoding, reference, edge_rule=edge_rule, window=window)
         else:
-            inside, box, low = compute.run(lambda: self._decode_in_torch(encoding, reference))
+            inside, box, low = compute.run(lambda: self._decode_in_torch(encoding, reference, edge_rule, window))
         if not (np.isfinite(inside).all() and np.isfinite(low).all()):
             raise NumericError("The network's logits are not finite.", "The weights may be damaged.")
         return _Found(inside, box)
 
     @torch.inference_mode()
-    def _decode_in_torch(self, encoding: ImageEncoding, reference: UInt8) -> tuple[Float32, TokenBox, Float32]:
-        decoded = self._model.decode(encoding, reference)
+    def _decode_in_torch(
+        self, encoding: ImageEncoding, reference: UInt8, edge_rule: EdgeRule | None, window: TokenBox | None
+    ) -> tuple[Float32, TokenBox, Float32]:
+        decoded = self._model.decode(encoding, reference, edge_rule, window)
         left, top, right, bottom = (_TOKEN * side for side in decoded.box)
         return decoded.logits[top:bottom, left:right].numpy().copy(), decoded.box, decoded.low.numpy()
 
@@ -696,6 +754,10 @@ def _mask_in_model(mask: Any, frame: Frame) -> Mask | None:
             f"initial_mask is {mask.dtype} {list(mask.shape)}, the image needs bool {[frame.height, frame.width]}."
         )
     return frame.mask_to_model(mask) if mask.any() else None
+
+
+def _clicks_in(frame: Frame, clicks: Sequence[Click]) -> list[ModelClick]:
+    return [(*frame.model_pixel(click.x, click.y), click.positive) for click in clicks]
 
 
 def at_levels(

@@ -12,14 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from inter2former.config import ModelConfig
+from inter2former.config import EdgeRule, ModelConfig
 from inter2former.nn.attention import HybridAttention, edge_tokens, edge_tokens_batch
 from inter2former.nn.canny import CannyMaps, CannyNet, canny
 from inter2former.nn.encoder import Encoder
 from inter2former.nn.experts import HybridExperts
 from inter2former.nn.prompt_embedding import PixelBox, PromptEmbedding, prompt_box, prompt_box_mask, scatter
-from inter2former.nn.upsampling import TokenBox, Upsampling
+from inter2former.nn.upsampling import FILL, TokenBox, Upsampling, crop_edges
 
 
 class Features(NamedTuple):
@@ -38,6 +39,13 @@ class Features(NamedTuple):
 
 
 ImageEncoding = Features
+
+
+class Part(NamedTuple):
+    """Tokens that are not a whole image: rows and columns of its grid, and which window of it they are."""
+
+    grid: tuple[int, int]
+    window: TokenBox
 
 
 class Decoded(NamedTuple):
@@ -66,9 +74,9 @@ class DecoderBlock(nn.Module):
         self.norm2 = nn.LayerNorm(config.embed_dim)
         self.experts = HybridExperts(config)
 
-    def decode(self, x: Tensor, size_hw: tuple[int, int], edge: Tensor) -> Tensor:
+    def decode(self, x: Tensor, size_hw: tuple[int, int], edge: Tensor, window: TokenBox | None = None) -> Tensor:
         """x [N, d], edge bool [N] -> [N, d]."""
-        x = x + self.attention.decode(self.norm1(x), size_hw, edge)
+        x = x + self.attention.decode(self.norm1(x), size_hw, edge, window)
         out: Tensor = x + self.experts(self.norm2(x), edge)
         return out
 
@@ -113,19 +121,66 @@ class Inter2Former(nn.Module):
     def encode_with_canny(self, image: Tensor, maps: CannyMaps) -> Features:
         """The same with the Canny maps given, for tests that inject recorded ones."""
         tokens, stem = self.encoder(image)
-        edges = self.canny_net(maps, image)
+        return Features(tokens, self._edges(image, maps, stem))
+
+    def encode_finer(self, image: Tensor, coarse: ImageEncoding) -> ImageEncoding:
+        """The image at a larger T, for outlines: its own edge features, and the coarse tokens spread over it."""
+        with torch.inference_mode():
+            features = self.finer_features(image.unsqueeze(0), coarse.tokens)
+            return Features(features.tokens.contiguous(), [e.float().contiguous() for e in features.edges])
+
+    def finer_features(self, image: Tensor, tokens: Tensor) -> Features:
+        """image [B, 3, T, T] and the tokens [B, d, n, n] of the same picture in a smaller one."""
+        _, stem = self.encoder.stem(image)
+        side = image.shape[-1] // self.config.patch
+        spread = F.interpolate(tokens, (side, side), mode="bilinear", align_corners=False)
+        return Features(spread, self._edges(image, canny(image.float()), stem))
+
+    def _edges(self, image: Tensor, maps: CannyMaps, stem: list[Tensor]) -> list[Tensor]:
+        edges: list[Tensor] = self.canny_net(maps, image)
         for index, skip in enumerate(self.skips):  # stem: fine to coarse at strides 2, 4, 8; edges: coarse to fine
             edges[2 - index] = edges[2 - index] + skip(stem[index])
-        return Features(tokens, edges)
+        return edges
 
     # -- each click --------------------------------------------------------------------------------------------
-    def decode(self, encoding: ImageEncoding, reference: npt.NDArray[np.uint8] | Tensor) -> Decoded:
-        """One decoder pass on the reference mask, uint8 [T, T]."""
+    def decode(
+        self,
+        encoding: ImageEncoding,
+        reference: npt.NDArray[np.uint8] | Tensor,
+        edge_rule: EdgeRule | None = None,
+        window: TokenBox | None = None,
+    ) -> Decoded:
+        """One decoder pass on the reference mask, uint8 [T, T].
+
+        edge_rule   None: the configuration's
+        window      tokens: of the image nothing else is looked at; low logits are those of the window
+        """
         labels = reference.numpy() if isinstance(reference, Tensor) else reference
         with torch.inference_mode():
-            box = prompt_box(labels)
-            edge = torch.from_numpy(self.find_edge_tokens(labels, box, self.config.edge_rule)).flatten()
-            return self.decode_tokens(encoding, self.prompted(encoding, labels, box), edge)
+            if window is None:
+                return self._decode(encoding, labels, edge_rule or self.config.edge_rule, None)
+            left, top, right, bottom = window
+            found = self._decode(
+                Features(encoding.tokens[:, :, top:bottom, left:right], crop_edges(encoding.edges, window)),
+                labels[16 * top : 16 * bottom, 16 * left : 16 * right],
+                edge_rule or self.config.edge_rule,
+                Part((encoding.tokens.shape[-2], encoding.tokens.shape[-1]), window),
+            )
+            logits = torch.full(labels.shape, FILL)
+            logits[16 * top : 16 * bottom, 16 * left : 16 * right] = found.logits
+            x0, y0, x1, y1 = found.box
+            return Decoded(logits, (left + x0, top + y0, left + x1, top + y1), found.low)
+
+    def _decode(
+        self,
+        encoding: ImageEncoding,
+        labels: npt.NDArray[np.uint8],
+        rule: EdgeRule,
+        part: Part | None,
+    ) -> Decoded:
+        box = prompt_box(labels)
+        edge = torch.from_numpy(self.find_edge_tokens(labels, box, rule)).flatten()
+        return self.decode_tokens(encoding, self.prompted(encoding, labels, box), edge, part)
 
     def prompted(self, encoding: ImageEncoding, labels: npt.NDArray[np.uint8], box: PixelBox) -> Tensor:
         """Image tokens plus prompt embedding, [N, d]."""
@@ -135,11 +190,18 @@ class Inter2Former(nn.Module):
         x = encoding.tokens + scatter(crop, self.prompt.background(), box, (h, w))
         return x[0].flatten(1).t()
 
-    def decode_tokens(self, encoding: ImageEncoding, x: Tensor, edge: Tensor) -> Decoded:
+    def decode_tokens(
+        self,
+        encoding: ImageEncoding,
+        x: Tensor,
+        edge: Tensor,
+        part: Part | None = None,
+    ) -> Decoded:
         """Blocks and upsampling on prompted tokens [N, d]."""
         h, w = encoding.tokens.shape[-2:]
+        grid, window = part or ((h, w), None)
         for block in self.blocks:
-            x = block.decode(x, (h, w), edge)  # type: ignore[operator]
+            x = block.decode(x, grid, edge, window)  # type: ignore[operator]
         return Decoded(*self.upsampling.decode(x.t().unflatten(1, (h, w)).unsqueeze(0), encoding.edges))
 
     # -- training ----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from inter2former.config import ModelConfig
+from inter2former.config import EdgeRule, ModelConfig
 from inter2former.nn.layers import rope_tables
 from inter2former.nn.model import Decoded, Features, Inter2Former
 from inter2former.nn.upsampling import FILL, TokenBox
@@ -80,7 +80,7 @@ class FusedDecoder:
         config = model.config
         self._span = config.position_span
         self._attention_dim = config.attention_dim
-        self._encode_batch = model.encode_batch
+        self._encode_batch, self._finer_features = model.encode_batch, model.finer_features
         self._kernels = [model.get_parameter(f"upsampling.stages.{index}.conv.weight") for index in range(4)]
         self._native = native.Decoder(_weights(model), _sizes(config), isa, precision)
 
@@ -109,13 +109,20 @@ class FusedDecoder:
         with torch.inference_mode():
             return self.compact(self._encode_batch(image.unsqueeze(0)))
 
+    def encode_finer(self, image: Tensor, coarse: CompactEncoding) -> CompactEncoding:
+        """As Inter2Former.encode_finer."""
+        with torch.inference_mode():
+            return self.compact(self._finer_features(image.unsqueeze(0), coarse.tokens.permute(2, 0, 1).unsqueeze(0)))
+
     def click(
         self,
         encoding: CompactEncoding | Features,
         reference: npt.NDArray[np.uint8] | Tensor,
         box: TokenBox | None = None,
+        edge_rule: EdgeRule | None = None,
+        window: TokenBox | None = None,
     ) -> Click:
-        """One decoder pass on the reference mask, uint8 [T, T]; `box`: upsample there, wherever the object is."""
+        """One decoder pass, see Inter2Former.decode; `box`: upsample there, wherever the object is."""
         image = encoding if isinstance(encoding, CompactEncoding) else self.compact(encoding, exact=True)
         labels = reference.numpy() if isinstance(reference, Tensor) else reference
         height, width, _ = image.tokens.shape
@@ -129,14 +136,22 @@ class FusedDecoder:
             sin.numpy(),
             labels,
             box,
+            None if edge_rule is None else edge_rule == "released",
+            window,
         )
         return Click(inside, found, low)
 
-    def decode(self, encoding: CompactEncoding | Features, reference: npt.NDArray[np.uint8] | Tensor) -> Decoded:
+    def decode(
+        self,
+        encoding: CompactEncoding | Features,
+        reference: npt.NDArray[np.uint8] | Tensor,
+        edge_rule: EdgeRule | None = None,
+        window: TokenBox | None = None,
+    ) -> Decoded:
         """As Inter2Former.decode."""
-        inside, box, low = self.click(encoding, reference)
+        inside, box, low = self.click(encoding, reference, edge_rule=edge_rule, window=window)
         left, top, right, bottom = (16 * side for side in box)
-        logits = torch.full((16 * low.shape[0], 16 * low.shape[1]), FILL)
+        logits = torch.full(tuple(reference.shape), FILL)
         logits[top:bottom, left:right] = torch.from_numpy(inside)
         return Decoded(logits, box, torch.from_numpy(low))
 

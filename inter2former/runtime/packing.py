@@ -191,6 +191,7 @@ def pack(model: Inter2Former, precision: native.Precision = "float32") -> Inter2
         if compiled is not None:
             fused = FusedDecoder(model, compiled, precision=precision)
             model.encode, model.decode = fused.encode, fused.decode  # type: ignore[method-assign, assignment]
+            model.encode_finer = fused.encode_finer  # type: ignore[method-assign, assignment]
         if packed_linear_works():
             for block in model.encoder.modules():
                 if isinstance(block, Block):

@@ -698,6 +698,67 @@ def test_impossible_threads_are_named(tiny_checkpoint: Path, threads: Any) -> No
         load_segmenter(tiny_checkpoint, threads=threads)
 
 
+# -- a coarse size -----------------------------------------------------------------------------------------------
+
+
+def coarse_segmenter(**options: Any) -> Segmenter:
+    model = make_tiny_model(dataclasses.replace(tiny(), coarse_size=256))
+    return Segmenter(model, model_size=512, **options)
+
+
+def test_larger_sizes_draw_the_outlines_of_what_was_found(image: Image) -> None:
+    segmenter = coarse_segmenter()
+    for n in range(1, len(CLICKS) + 1):
+        fine, found = segmenter.segment(image, CLICKS[:n]), segmenter.segment(image, CLICKS[:n], model_size=256)
+        assert (fine.model_size, found.model_size) == (512, 256)
+        assert fine.score == found.score
+        # 2 coarse pixels are 1.25 of the image's, and a side is known to half a pixel.
+        outline = cv2.morphologyEx(found.mask.view(np.uint8), cv2.MORPH_GRADIENT, np.ones((7, 7), np.uint8)) > 0
+        assert np.array_equal(fine.mask[~outline], found.mask[~outline])
+    assert not np.array_equal(fine.mask, found.mask)
+    assert segmenter.encodes == 1
+    plain = Segmenter(make_tiny_model(), model_size=256)
+    assert same(found, plain.segment(image, CLICKS))
+
+
+def test_outlines_are_drawn_alike_with_and_without_a_cache(image: Image) -> None:
+    segmenter, forgetful = coarse_segmenter(), coarse_segmenter(cache_bytes=0)
+    want = segmenter.segment(image, CLICKS)
+    assert want.encoded
+    assert same(forgetful.segment(image, CLICKS), want)
+    assert forgetful.encodes == 1
+    again = segmenter.segment(image, CLICKS)
+    assert same(again, want)
+    assert not again.encoded
+
+
+def test_both_sizes_are_encoded_ahead(image_png: bytes) -> None:
+    segmenter = coarse_segmenter()
+    segmenter.segment(image_png, CLICKS[:1], model_size=256)
+    assert segmenter.is_encoded(image_png, model_size=256)
+    assert not segmenter.is_encoded(image_png)
+    segmenter.prefetch(image_png)
+    assert segmenter.is_encoded(image_png)
+    assert segmenter.encodes == 1
+    assert not segmenter.segment(image_png, CLICKS[:1]).encoded
+
+
+def test_nothing_found_has_no_outline(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    segmenter = coarse_segmenter()
+    found = Decoded(torch.full((256, 256), -1.0), (0, 0, 16, 16), torch.zeros(16, 16))
+    monkeypatch.setattr(segmenter._model, "decode", lambda *_: found)
+    assert segmenter.segment(image, CLICKS[:1]).mask.sum() == 9  # the clicked pixel and those around it
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"coarse_size": -256}, {"coarse_size": 300}, {"coarse_size": 256, "input_convention": "released"}],
+)
+def test_impossible_coarse_sizes_are_named(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="coarse_size"):
+        dataclasses.replace(tiny(), **changes)
+
+
 def test_png_of_a_tiny_image(segmenter: Segmenter) -> None:
     result = segmenter.segment(encode_png(np.full((1, 1, 3), 77, np.uint8)), [Click(0.5, 0.5)])
     assert result.mask.tolist() == [[True]]
