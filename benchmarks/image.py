@@ -5,8 +5,9 @@
 
 Rows, in both precisions where the CPU multiplies bfloat16: our encoder with the edge features (packed, as served; and
 with the links of the random walk for a preset that walks, as its clicks do), Canny and CannyNet alone; SAM ViT-B's
-encoder; then a session: encode once and click twenty times on an object of 10 %. Weights are random, contenders take
-turns. The small model's cold first mask and later click are given in clicks of SAM's decoder.
+encoder; then a session: encode once and click twenty times on an object of 10 %. A preset with a coarse size is encoded
+and clicked at both, as it is served. Weights are random, contenders take turns. The small model's cold first mask and
+later click are given in clicks of SAM's decoder.
 """
 
 from __future__ import annotations
@@ -17,19 +18,20 @@ import statistics
 from collections.abc import Callable
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 
 from benchmarks.decoder import ours, scene, timed, use_threads
 from benchmarks.results import write_result
-from inter2former import random_walk
-from inter2former.bench import Action, picture, sam_vit_b
+from inter2former import random_walk, reference_mask, refinement
+from inter2former.bench import Action, disc, picture, sam_vit_b
 from inter2former.config import PRESETS
 from inter2former.images import Frame
 from inter2former.nn.canny import canny
 from inter2former.nn.model import Inter2Former
 from inter2former.runtime import native
-from inter2former.runtime.decoder import FusedDecoder
+from inter2former.runtime.decoder import CompactEncoding, FusedDecoder
 from inter2former.runtime.memory import keep_freed_memory
 from inter2former.runtime.packing import pack
 from inter2former.terminal import print_rows
@@ -67,12 +69,22 @@ def our_actions(preset: str, size: int, precision: native.Precision = "float32")
     off = (packed.encode(small).tokens - want).norm() / want.norm()
     assert off < (1e-4 if precision == "float32" else 3e-2), f"the packed encoder is {off:.1g} off"
     trust = plain.config.walk_trust
+    # Where masks are found; a preset with a coarse size draws their outlines at T.
+    found_at = min(size, plain.config.coarse_size or size)
+    coarse = Frame(size, size, found_at, plain.config.input_convention)
+    coarse_image = coarse.prepare(picture(size, 7))
+
+    def encode_coarse() -> Any:
+        encoding: Any = packed.encode(coarse_image)
+        links = torch.from_numpy(random_walk.links(coarse_image, found_at)) if trust else None
+        return encoding if links is None else encoding._replace(links=links)
 
     def encode() -> Any:
-        encoding: Any = packed.encode(image)
-        return encoding._replace(links=torch.from_numpy(random_walk.links(image, size))) if trust else encoding
+        found_in = encode_coarse()
+        return found_in if found_at == size else packed.encode_finer(image, found_in)
 
-    encoding = encode()
+    encoding = encode_coarse()
+    finer = None if found_at == size else packed.encode_finer(image, encoding)
     compiled = native.module()
     if compiled is None:
         raise SystemExit("The native module is not there.")
@@ -83,12 +95,32 @@ def our_actions(preset: str, size: int, precision: native.Precision = "float32")
         with torch.inference_mode():
             return packed.canny_net(canny(pixels), pixels)
 
-    return {
-        "encode": encode,
-        "edges": edges,
-        "click": ours(decoder, encoding, frame, *scene(size, AREA), trust=trust),
-        "first_click": ours(decoder, encoding, frame, *scene(size, None, plain.config.initial_reference), trust=trust),
-    }
+    def click(area: float | None) -> Action:
+        found = ours(decoder, encoding, coarse, *scene(found_at, area, plain.config.initial_reference), trust=trust)
+        if finer is None:
+            return found
+        drawn = redrawing(decoder, finer, coarse, frame)
+        return lambda: (found(), drawn())
+
+    return {"encode": encode, "edges": edges, "click": click(AREA), "first_click": click(None)}
+
+
+def redrawing(decoder: FusedDecoder, finer: CompactEncoding, coarse: Frame, frame: Frame) -> Action:
+    """What follows a click in a smaller frame: the outline of the object is drawn in the larger one."""
+    box = scene(coarse.size, AREA)[1]
+    left, top, right, bottom = (16 * side for side in box)
+    inside = np.where(disc(coarse.size, AREA), np.float32(3), np.float32(-3))[top:bottom, left:right].copy()
+    middle = frame.size // 2
+    upsampled = scene(frame.size, AREA)[1]
+
+    def redraw() -> object:
+        spread = refinement.spread(inside, box, coarse, frame)
+        assert spread is not None
+        told = reference_mask.paint_clicks(spread.reference(frame.size), [(middle, middle, True)], 5)
+        fine = decoder.click(finer, told, upsampled, edge_rule="exact", window=spread.window(frame.size))
+        return frame.mask_from_logits(torch.from_numpy(spread.drawn(fine.inside, fine.box)), spread.box)
+
+    return redraw
 
 
 def medians(actions: dict[str, Action], runs: int, clock: Callable[[], float]) -> dict[str, float]:

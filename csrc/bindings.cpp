@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -17,6 +18,7 @@
 #include "convolution.h"
 #include "decoder.h"
 #include "dispatch.h"
+#include "evidence.h"
 #include "hmoe.h"
 #include "random_walk.h"
 #include "reference_mask.h"
@@ -27,7 +29,7 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int kInterface = 7;  // runtime/native.py asks for exactly this
+constexpr int kInterface = 8;  // runtime/native.py asks for exactly this
 constexpr std::int64_t kMaxSide = 1 << 20;
 constexpr int kMaxThreads = 1024;
 
@@ -521,6 +523,61 @@ std::optional<py::array_t<float>> flip_small_parts(const py::object& logits_obje
     return out;
 }
 
+// -> numbers [levels, 10], or [levels, 16] with links; which levels hold anything. Clicks: row, column, 1 or 0.
+py::tuple describe(const py::object& logits_object, const py::object& clicks_object,
+                   const std::optional<py::object>& previous_object, const std::vector<float>& levels,
+                   const std::optional<py::object>& links_object) {
+    const auto logits = typed<float>(logits_object, "logits", 2);
+    require_contiguous(logits, "logits");
+    const std::int64_t rows = logits.shape(0), columns = logits.shape(1);
+    const std::int64_t most = links_object ? i2f::kCells : 1024;
+    if (rows < 1 || columns < 1 || rows > most || columns > most) {
+        throw py::value_error("logits must have 1 to " + std::to_string(most) + " rows and columns, not shape " +
+                              shape_text(shape_of(logits)) + ".");
+    }
+    if (levels.empty() || levels.size() > i2f::kMaxLevels ||
+        std::adjacent_find(levels.begin(), levels.end(), [](float a, float b) { return !(a < b); }) != levels.end()) {
+        throw py::value_error("levels must be 1 to " + std::to_string(i2f::kMaxLevels) + " rising numbers.");
+    }
+    const auto told = typed<std::int64_t>(clicks_object, "clicks", 2);
+    require_shape(told, "clicks", {told.shape(0), 3});
+    require_contiguous(told, "clicks");
+    std::vector<i2f::SeenClick> clicks;
+    for (py::ssize_t n = 0; n < told.shape(0); ++n) {
+        const std::int64_t row = told.at(n, 0), column = told.at(n, 1);
+        if (row < 0 || row >= rows || column < 0 || column >= columns) {
+            throw py::value_error("clicks must lie in logits.");
+        }
+        clicks.push_back({row, column, told.at(n, 2) != 0});
+    }
+    i2f::Seen seen{logits.data(), rows, columns, clicks.data(), told.shape(0), nullptr, nullptr};
+    std::optional<py::array_t<bool>> previous;
+    if (previous_object) {
+        previous = typed<bool>(*previous_object, "previous", 2);
+        require_shape(*previous, "previous", {rows, columns});
+        require_contiguous(*previous, "previous");
+        seen.previous = reinterpret_cast<const std::uint8_t*>(previous->data());
+    }
+    std::optional<py::array_t<float>> links;
+    if (links_object) {
+        links = typed<float>(*links_object, "links", 2);
+        require_shape(*links, "links", {4, i2f::kGrid});
+        require_contiguous(*links, "links");
+        seen.links = links->data();
+    }
+    const auto count = static_cast<py::ssize_t>(levels.size());
+    py::array_t<double> numbers(std::vector<py::ssize_t>{count, i2f::kEvidence + (links ? i2f::kShape : 0)});
+    py::array_t<bool> found(count);
+    double* const to = numbers.mutable_data();
+    bool* const flags = found.mutable_data();
+    {
+        const py::gil_scoped_release unlocked;
+        std::fill_n(to, numbers.size(), 0.0);
+        i2f::describe(seen, levels.data(), static_cast<int>(count), flags, to);
+    }
+    return py::make_tuple(numbers, found);
+}
+
 class Convolution {
 public:
     Convolution(const py::object& weight, const py::object& bias, const std::string& isa)
@@ -618,6 +675,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     m.def("apply_prediction", &apply_prediction, py::arg("state"), py::arg("prediction"), py::arg("isa") = "auto");
     m.def("flip_small_parts", &flip_small_parts, py::arg("logits"), py::arg("spoken"), py::arg("share"),
           py::arg("inside"), py::arg("least"));
+    m.def("describe", &describe, py::arg("logits"), py::arg("clicks"), py::arg("previous"), py::arg("levels"),
+          py::arg("links"));
     m.def("random_walk", &random_walk, py::arg("links"), py::arg("inside"), py::arg("box"), py::arg("state"),
           py::arg("trust"), py::arg("softness"), py::arg("sure"), py::arg("nearly"), py::arg("iterations"));
     py::class_<HybridExperts>(m, "HybridExperts")

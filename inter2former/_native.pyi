@@ -1,5 +1,6 @@
 """Types of the compiled module (csrc/bindings.cpp). Use it through inter2former.runtime.native."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,13 @@ def apply_prediction(
 def flip_small_parts(
     logits: npt.NDArray[np.float32], spoken: npt.NDArray[np.bool_], share: float, inside: bool, least: float
 ) -> npt.NDArray[np.float32] | None: ...
+def describe(
+    logits: npt.NDArray[np.float32],
+    clicks: npt.NDArray[np.int64],
+    previous: npt.NDArray[np.bool_] | None,
+    levels: Sequence[float],
+    links: npt.NDArray[np.float32] | None,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]: ...
 def random_walk(
     links: npt.NDArray[np.float32],
     inside: npt.NDArray[np.float32],

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from inter2former import reference_mask
 from inter2former.images import OUTSIDE, Frame
 
 Float32 = npt.NDArray[np.float32]
@@ -40,12 +41,12 @@ class Spread(NamedTuple):
     near: Mask
     box: TokenBox
 
-    def mask(self, size: int) -> Mask:
-        """bool [T, T]."""
+    def reference(self, size: int) -> npt.NDArray[np.uint8]:
+        """The reference mask that tells of it, uint8 [T, T]."""
         mask = np.zeros((size, size), np.bool_)
         left, top, right, bottom = (_TOKEN * side for side in self.box)
         np.greater(self.logits, 0, out=mask[top:bottom, left:right])
-        return mask
+        return reference_mask.from_mask(mask)
 
     def window(self, size: int) -> TokenBox:
         """Tokens that are looked at: the box, and what surrounds it."""

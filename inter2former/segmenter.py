@@ -544,8 +544,7 @@ class Segmenter:
             if spread is None:
                 return None, False
             encoding, made = self._encoding(pixels, frame, coarse_encoding)
-            told = reference_mask.from_mask(spread.mask(frame.size))
-            told = reference_mask.paint_clicks(told, clicks, self.config.click_radius)
+            told = reference_mask.paint_clicks(spread.reference(frame.size), clicks, self.config.click_radius)
             with self._first():
                 # Inside of the outline, and far from it, nothing is left to be found.
                 fine = self._decode(encoding, told, "exact", spread.window(frame.size))
@@ -767,7 +766,7 @@ def at_levels(
     step = frame.size // random_walk.CELLS
     thinned = [(row // step, column // step, positive) for row, column, positive in clicks]
     before = None if previous is None else previous.shown(frame.valid, step) > 0
-    return level.describe(found.shown(frame.valid, step), encoding.links.numpy(), thinned, before)
+    return native.describe(found.shown(frame.valid, step), encoding.links.numpy(), thinned, before)
 
 
 def _evidence(
@@ -781,7 +780,7 @@ def _evidence(
         before = previous.shown(frame.valid, step) > 0
     elif start.mask is not None:
         before = start.mask[: frame.valid[0] : step, : frame.valid[1] : step]
-    return score.evidence(found.shown(frame.valid, step), thinned, before)
+    return native.evidence(found.shown(frame.valid, step), thinned, before)
 
 
 def _keep_clicks(mask: Mask, clicked: Sequence[tuple[int, int, bool]]) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Literal
 
@@ -19,13 +19,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from inter2former import random_walk, reference_mask, small_parts
+from inter2former import level, random_walk, reference_mask, score, small_parts
 from inter2former.config import EdgeRule
 from inter2former.nn import attention
 from inter2former.nn.experts import HybridExperts
 from inter2former.nn.prompt_embedding import PixelBox
 
-INTERFACE = 7  # of csrc/bindings.cpp; a module of another version is not used
+INTERFACE = 8  # of csrc/bindings.cpp; a module of another version is not used
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +177,41 @@ def walk(
         random_walk.ITERATIONS,
     )
     return walked
+
+
+def evidence(
+    logits: score.Float32, clicks: Sequence[tuple[int, int, bool]], previous: score.Mask | None
+) -> tuple[float, ...] | None:
+    """What a pass says about its quality, as score.evidence."""
+    native, _ = _load()
+    if native is None:
+        return score.evidence(logits, clicks, previous)
+    return _described(native, logits, clicks, previous, (0.0,), None)[0]
+
+
+def describe(
+    logits: level.Float32, links: level.Float32, clicks: Sequence[tuple[int, int, bool]], previous: level.Mask | None
+) -> list[tuple[float, ...] | None]:
+    """What masks at each level look like, as level.describe."""
+    native, _ = _load()
+    if native is None:
+        return level.describe(logits, links, clicks, previous)
+    described = _described(native, logits, clicks, previous, level.LEVELS, links)
+    return [numbers and (*numbers, zero) for numbers, zero in zip(described, level.LEVELS, strict=True)]
+
+
+def _described(
+    native: ModuleType,
+    logits: level.Float32,
+    clicks: Sequence[tuple[int, int, bool]],
+    previous: level.Mask | None,
+    levels: Sequence[float],
+    links: level.Float32 | None,
+) -> list[tuple[float, ...] | None]:
+    made = np.asarray(clicks, np.int64).reshape(-1, 3)
+    before = None if previous is None else np.ascontiguousarray(previous)
+    numbers, found = native.describe(np.ascontiguousarray(logits), made, before, levels, links)
+    return [tuple(row) if held else None for row, held in zip(numbers.tolist(), found.tolist(), strict=True)]
 
 
 def flip_small_parts(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from inter2former import refinement
 from inter2former.images import OUTSIDE, Frame
+from inter2former.reference_mask import POSSIBLE_FOREGROUND
 from inter2former.refinement import MARGIN, REACH, Float32, TokenBox, spread
 
 
@@ -49,7 +50,7 @@ def test_what_was_found_lies_where_it_lay(
     assert found.logits.shape == found.near.shape == (16 * (bottom - top), 16 * (right - left))
     truth = np.zeros((frame.size, frame.size), bool)
     truth[16 * y0 : 16 * y1, 16 * x0 : 16 * x1] = larger[0] > 0
-    mask = found.mask(frame.size)
+    mask = found.reference(frame.size) == POSSIBLE_FOREGROUND
     assert (mask & truth).sum() / (mask | truth).sum() > 0.9
     # What differs lies close to the outline, and so does what the finer logits decide.
     step = sizes[1] / sizes[0]
