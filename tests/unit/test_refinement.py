@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from inter2former import refinement
 from inter2former.images import OUTSIDE, Frame
-from inter2former.reference_mask import POSSIBLE_FOREGROUND
+from inter2former.reference_mask import from_mask
 from inter2former.refinement import MARGIN, REACH, Float32, TokenBox, spread
 
 
@@ -50,7 +50,9 @@ def test_what_was_found_lies_where_it_lay(
     assert found.logits.shape == found.near.shape == (16 * (bottom - top), 16 * (right - left))
     truth = np.zeros((frame.size, frame.size), bool)
     truth[16 * y0 : 16 * y1, 16 * x0 : 16 * x1] = larger[0] > 0
-    mask = found.reference(frame.size) == POSSIBLE_FOREGROUND
+    mask = np.zeros(truth.shape, bool)
+    mask[16 * top : 16 * bottom, 16 * left : 16 * right] = found.logits > 0
+    assert np.array_equal(found.reference(frame.size), from_mask(mask))
     assert (mask & truth).sum() / (mask | truth).sum() > 0.9
     # What differs lies close to the outline, and so does what the finer logits decide.
     step = sizes[1] / sizes[0]
