@@ -61,6 +61,8 @@ class ModelConfig:
     # Of the random walk that follows every pass (random_walk.py): how much it trusts the network at the first click;
     # 0 leaves it out, as released.
     walk_trust: float = 0.0
+    # Channels of what learns how freely one walks (nn/affinity.py); 0: colours say so.
+    affinity_width: int = 0
     # Masks are found at this T at most; where a larger one is asked for, the outlines of what was found are drawn again
     # there. 0: masks are found at every T, as released.
     coarse_size: int = 0
@@ -93,6 +95,11 @@ class ModelConfig:
             (self.position_span >= 0, "position_span must not be negative"),
             (0 <= self.island_share <= 1, "island_share must be in 0..1"),
             (0 <= self.walk_trust <= 1, "walk_trust must be in 0..1"),
+            (
+                self.affinity_width == 0
+                or (self.affinity_width % 2 == 0 and 0 < self.affinity_width <= 1024 and self.walk_trust > 0),
+                "affinity_width must be an even number up to 1024, and 0 without walk_trust",
+            ),
             (
                 self.coarse_size >= 0
                 and self.coarse_size % 256 == 0

@@ -1,4 +1,4 @@
-"""A random walk over the photo's colours, between the network's logits and the mask (Grady 2005 and 2006).
+"""A random walk over the photo, between the network's logits and the mask (Grady 2005 and 2006).
 
 The chance that somebody who walks from a place, across strong outlines rarely, is caught by the object's side first: by
 its clicks, or, at each step with a small chance, by what the network says there. Of the network it needs no more than
@@ -13,6 +13,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -69,9 +70,26 @@ def links(image: Tensor, size: int) -> Float32:
         known[n][here] = True
     straight = out[:2][known[:2]]
     usual = float(straight.mean()) if straight.size else 0.0
-    freely = np.exp(out * np.float32(-CONTRAST / max(usual, 1e-6))) + np.float32(FLOOR)
-    freely[2:] *= np.float32(DIAGONAL)
-    return np.where(known, freely, 0).astype(np.float32).reshape(4, -1)
+    freely = from_logarithms(torch.from_numpy(out * np.float32(-CONTRAST / max(usual, 1e-6))))
+    return (freely.numpy() * known).reshape(4, -1)
+
+
+def from_logarithms(logarithms: Tensor) -> Tensor:
+    """float32 [..., 4, CELLS, CELLS], at most 0 -> links, the same shape; differentiable."""
+    lengths = logarithms.new_tensor([1.0, 1.0, DIAGONAL, DIAGONAL])
+    return (logarithms.exp() + FLOOR) * lengths[:, None, None]
+
+
+def within(links: Float32, valid: tuple[int, int], size: int) -> Float32:
+    """Links of a frame whose first `valid` rows and columns (pixels) show the photo: none into the rest.
+
+    links  float32 [4, CELLS^2]        size  T
+    """
+    rows, columns = (-(-side * CELLS // size) for side in valid)
+    kept = np.zeros((4, CELLS, CELLS), np.float32)
+    for n, (here, _) in enumerate(neighbours(rows, columns)):
+        kept[n][here] = links[n].reshape(CELLS, CELLS)[here]
+    return kept.reshape(4, -1)
 
 
 def trust(first: float, clicks: int) -> float:

@@ -504,9 +504,8 @@ class Segmenter:
         reference = reference_mask.paint_clicks(reference, clicks[-1], self.config.click_radius)
         made = [click for group in clicks for click in group]
         found = self._decode(encoding, reference)
-        if self.config.walk_trust and made and not random_walk.is_thin(found.inside, frame.size):
-            trust = random_walk.trust(self.config.walk_trust, start.worth + len(made))
-            found = found.walked(encoding.links.numpy(), reference, trust)
+        if made:
+            found = self._walked(found, encoding, reference, start.worth + len(made), frame)
         previous = None if before is None else before.found
         if made and not start.worth:
             found = found.cut_at(self._level(found, encoding, made, previous, frame))
@@ -514,6 +513,13 @@ class Segmenter:
             asked = start.said(frame.size, made, inside=True)
             found = found.without_small(self.config.island_share, asked, inside=True)
         return _State.after(reference, found, _evidence(found, made, previous, start, frame))
+
+    def _walked(self, found: _Found, encoding: ImageEncoding, reference: UInt8, clicks: int, frame: Frame) -> _Found:
+        """A pass after the random walk, where there is one, with the trust of so many clicks."""
+        if not self.config.walk_trust or random_walk.is_thin(found.inside, frame.size):
+            return found
+        trust = random_walk.trust(self.config.walk_trust, clicks)
+        return found.walked(encoding.links.numpy(), reference, trust)
 
     def _level(
         self,
@@ -595,8 +601,7 @@ class Segmenter:
         if coarse is None:
             encoding = self._model.encode(image)
             if self.config.walk_trust:
-                height, width = frame.valid
-                links = random_walk.links(image[:, :height, :width], frame.size)
+                links = self._links(image, encoding, frame)
                 encoding = encoding._replace(links=torch.from_numpy(links))
             with self._counter:
                 self._encodes += 1
@@ -609,6 +614,13 @@ class Segmenter:
             config, (rows, columns, _) = self.config, encoding.tokens.shape
             rope_tables(rows, columns, config.attention_dim, encoding.tokens.device, config.position_span)
         return encoding
+
+    def _links(self, image: torch.Tensor, encoding: ImageEncoding, frame: Frame) -> Float32:
+        """What the random walk is to know of an image."""
+        if self.config.affinity_width:
+            return random_walk.within(encoding.links.numpy(), frame.valid, frame.size)
+        height, width = frame.valid
+        return random_walk.links(image[:, :height, :width], frame.size)
 
     def _native_decoder(self) -> FusedDecoder | None:
         decoder = getattr(self._model.decode, "__self__", None)

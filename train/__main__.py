@@ -11,6 +11,7 @@ import typer
 from inter2former.config import PRESETS
 from train import loop
 from train import pretrain as pretraining
+from train.affinity import command as affinity
 from train.calibrate import command as calibrate
 from train.distill import command as distill
 from train.finetune import finetune
@@ -95,6 +96,7 @@ def teacher(
 
 app.command()(finetune)
 app.command("distill")(distill)
+app.command("affinity")(affinity)
 app.command("calibrate")(calibrate)
 app.command("slim")(slim)
 app.command("soup")(soup)

@@ -263,6 +263,7 @@ def command(
     out: Annotated[Path, typer.Option(help="The checkpoint to write; may be the same file.")],
     limit: Annotated[int, typer.Option(min=1, help="Objects a source to fit on.")] = 45,
     val_limit: Annotated[int, typer.Option(min=1, help="Objects a source to report on.")] = 20,
+    first_limit: Annotated[int, typer.Option(min=1, help="Objects a source whose first clicks fit the levels.")] = 300,
     rounds: Annotated[int, typer.Option(min=1, help="Of levels; each learns from those before it too.")] = 2,
     model_size: Annotated[int | None, typer.Option(help="Model size T [what the checkpoint chooses].")] = None,
     seed: int = 0,
@@ -282,20 +283,26 @@ def command(
                 with score_progress(len(refs), f"{split}, score") as advance:
                     return collect(segmenter, pack.targets(refs), on_score=advance)
 
-            def passes(split: str, n: int) -> list[Pass]:
-                refs = pack.choose(split, n)
-                with score_progress(len(refs), f"{split}, levels") as advance:
-                    return collect_passes(model, pack.targets(refs), levels=levels, model_size=size, on_score=advance)
+            def passes(refs: Sequence[evaluation.ObjectRef], clicks: int, what: str) -> list[Pass]:
+                with score_progress(len(refs), what) as advance:
+                    return collect_passes(
+                        model, pack.targets(refs), clicks, levels=levels, model_size=size, on_score=advance
+                    )
 
             figures["before"] = errors(answers("val", val_limit))
             if segmenter.config.walk_trust:
                 model = pack_model(load_checkpoint(checkpoint).model)
-                seen: list[Pass] = []
                 levels = ()
-                for _ in range(rounds):
-                    seen += passes("train", limit)
+                refs = pack.choose("train", limit)
+                known = set(refs)
+                # At the first click there is most to choose, and no level before it that matters.
+                more = [ref for ref in pack.choose("train", first_limit) if ref not in known]
+                seen = passes(more, 1, "train, first clicks") if more else []
+                for number in range(rounds):
+                    seen += passes(refs, LEVEL_CLICKS, f"train, levels {number + 1} of {rounds}")
                     levels = fit_levels(seen, seed=seed)
-                figures["IoU of passes"] = ious_at_levels(passes("val", val_limit), levels)
+                refs = pack.choose("val", val_limit)
+                figures["IoU of passes"] = ious_at_levels(passes(refs, LEVEL_CLICKS, "val, levels"), levels)
                 segmenter.config = dataclasses.replace(segmenter.config, level_weights=levels)
                 segmenter.clear_cache()
             found = answers("train", limit)
@@ -304,6 +311,7 @@ def command(
             figures["on train"] = errors(found, weights)
         facts = {
             "objects a source": limit,
+            "first clicks a source": first_limit,
             "rounds": rounds,
             "model_size": size,
             "answers": len(found),

@@ -139,6 +139,8 @@ class Trainer:
     def __init__(self, model: Inter2Former, config: TrainConfig, device: torch.device) -> None:
         self.config, self.device, self.peers = config, device, Peers()
         self.model = model.to(device)
+        if self.model.affinity is not None:
+            self.model.affinity.requires_grad_(False)  # has a fit of its own: train affinity
         torch.manual_seed(config.seed + 1)
         self.head = losses.DenseHead(model.config).to(device)
         self.average = Average(self.model, config.ema)
@@ -227,7 +229,7 @@ class Trainer:
         shared = Features(features.tokens.repeat_interleave(K, 0), edges)
         rounds = simulate.draw_rounds(config.clicks, np.random.default_rng([config.seed, self.step]))
         click = fast.clicks_without_gradient(self.model, features) if self.device.type == "cpu" and rounds else None
-        links = self._links(batch) if rounds else []
+        links = self._links(features, batch) if rounds else []
         self.model.eval()
         with torch.no_grad():
             for _ in range(rounds):
@@ -245,15 +247,19 @@ class Trainer:
         log = {name: float(v) for name, v in parts.items()}
         return loss, log | {"iou": float(losses.mask_iou(output.logits, target).mean())}
 
-    def _links(self, batch: dict[str, Tensor]) -> list[np.ndarray]:
+    @torch.no_grad()
+    def _links(self, features: Features, batch: dict[str, Tensor]) -> list[np.ndarray]:
         """Of the random walk, an image each, as served; empty where nobody walks."""
         if not self.model.config.walk_trust:
             return [np.empty(0, np.float32)] * len(batch["image"])
-        images = normalise(batch["image"], batch["valid"]).cpu()
-        return [
-            random_walk.links(image[:, :h, :w], image.shape[-1])
-            for image, (h, w) in zip(images, batch["valid"].tolist(), strict=True)
-        ]
+        images, valid = normalise(batch["image"], batch["valid"]), batch["valid"].tolist()
+        size = images.shape[-1]
+        if self.model.affinity is None:
+            return [random_walk.links(i[:, :h, :w], size) for i, (h, w) in zip(images.cpu(), valid, strict=True)]
+        with torch.autocast(self.device.type, enabled=False):
+            logarithms = self.model.affinity(features.tokens.float(), features.edges[0].float(), images)
+        links = random_walk.from_logarithms(logarithms).flatten(2).cpu().numpy()
+        return [random_walk.within(own, (h, w), size) for own, (h, w) in zip(links, valid, strict=True)]
 
     def _walked(self, logits: np.ndarray, annotator: simulate.Annotator, links: np.ndarray) -> np.ndarray:
         """As served: an annotator corrects what the walk left."""

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from inter2former import random_walk
 from inter2former.config import EdgeRule, ModelConfig
+from inter2former.nn.affinity import Affinity
 from inter2former.nn.attention import HybridAttention, edge_tokens, edge_tokens_batch
 from inter2former.nn.canny import CannyMaps, CannyNet, canny
 from inter2former.nn.encoder import Encoder
@@ -26,7 +28,7 @@ from inter2former.nn.upsampling import FILL, TokenBox, Upsampling, crop_edges
 class Features(NamedTuple):
     """What is computed once an image: tokens [B, d, n, n]; edges coarse to fine, [B, c, T/8, T/8] to [B, c, T, T].
 
-    links   of random_walk.py, float32 [4, cells]; empty where nobody walks
+    links   of random_walk.py, float32 [4, cells]; empty where nobody walks, or colours alone are asked
     """
 
     tokens: Tensor
@@ -103,6 +105,7 @@ class Inter2Former(nn.Module):
         self.prompt = PromptEmbedding(config)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_blocks))
         self.upsampling = Upsampling(config)
+        self.affinity = Affinity(config) if config.affinity_width else None
         self.find_edge_tokens = edge_tokens  # a runtime may put its faster twin here
 
     # -- once an image -----------------------------------------------------------------------------------------
@@ -110,7 +113,16 @@ class Inter2Former(nn.Module):
         """image float32 [3, T, T], normalised by the config's convention; T a multiple of 16."""
         with torch.inference_mode():
             features = self.encode_batch(image.unsqueeze(0))
-            return Features(features.tokens.float().contiguous(), [e.float().contiguous() for e in features.edges])
+            edges = [e.float().contiguous() for e in features.edges]
+            return Features(features.tokens.float().contiguous(), edges, self.links(features, image))
+
+    def links(self, features: Features, image: Tensor) -> Tensor:
+        """Of one image [3, T, T] with its features: what the random walk is to know of it, float32 [4, cells], as if it
+        filled the frame; empty for a model that has not learnt it."""
+        if self.affinity is None:
+            return torch.empty(0)
+        logarithms = self.affinity(features.tokens.float(), features.edges[0].float(), image.unsqueeze(0))
+        return random_walk.from_logarithms(logarithms[0]).flatten(1)
 
     def encode_batch(self, image: Tensor) -> Features:
         """image [B, 3, T, T] -> Features; differentiable."""

@@ -38,7 +38,7 @@ class CompactEncoding(NamedTuple):
     units    a stage each, bfloat16 [ceil(len(map) / 32)]: the value of one step for 32 of its numbers, not finite where
              one of them is not; empty for float32
     middles  a stage each, float32 [9, channels]: what the numbers of each of the nine parts are relative to
-    links    of random_walk.py, float32 [4, cells]; empty where nobody walks
+    links    as those of `Features`
 
     The 16 bits move logits by about 1e-4 at most; at T = 1024 the base model keeps 24 MB an image. Models that stay
     below that with float32 keep float32.
@@ -80,7 +80,7 @@ class FusedDecoder:
         config = model.config
         self._span = config.position_span
         self._attention_dim = config.attention_dim
-        self._encode_batch, self._finer_features = model.encode_batch, model.finer_features
+        self._encode_batch, self._finer_features, self._links = model.encode_batch, model.finer_features, model.links
         self._kernels = [model.get_parameter(f"upsampling.stages.{index}.conv.weight") for index in range(4)]
         self._native = native.Decoder(_weights(model), _sizes(config), isa, precision)
 
@@ -107,7 +107,8 @@ class FusedDecoder:
     def encode(self, image: Tensor) -> CompactEncoding:
         """As Inter2Former.encode: image float32 [3, T, T]."""
         with torch.inference_mode():
-            return self.compact(self._encode_batch(image.unsqueeze(0)))
+            features = self._encode_batch(image.unsqueeze(0))
+            return self.compact(features)._replace(links=self._links(features, image))
 
     def encode_finer(self, image: Tensor, coarse: CompactEncoding) -> CompactEncoding:
         """As Inter2Former.encode_finer."""
