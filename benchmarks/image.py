@@ -13,6 +13,7 @@ later click are given in clicks of SAM's decoder.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import statistics
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from inter2former import random_walk, reference_mask, refinement
 from inter2former.bench import Action, disc, picture, sam_vit_b
 from inter2former.config import PRESETS
 from inter2former.images import Frame
+from inter2former.nn.affinity import WIDTH
 from inter2former.nn.canny import canny
 from inter2former.nn.model import Inter2Former
 from inter2former.runtime import native
@@ -60,7 +62,10 @@ def sam_encoder(layers: int) -> Action:
 def our_actions(preset: str, size: int, precision: native.Precision = "float32") -> dict[str, Action]:
     """encode, edges, click (10 %, at the object's box) and first_click; agreement with the plain encoder is checked."""
     torch.manual_seed(0)
-    plain = Inter2Former(PRESETS[preset]()).eval()
+    config = PRESETS[preset]()
+    if config.walk_trust:  # as the starter has it
+        config = dataclasses.replace(config, affinity_width=WIDTH)
+    plain = Inter2Former(config).eval()
     packed = pack(copy.deepcopy(plain), precision)
     frame = Frame(size, size, size, plain.config.input_convention)
     image = frame.prepare(picture(size, 7))
@@ -76,8 +81,11 @@ def our_actions(preset: str, size: int, precision: native.Precision = "float32")
 
     def encode_coarse() -> Any:
         encoding: Any = packed.encode(coarse_image)
-        links = torch.from_numpy(random_walk.links(coarse_image, found_at)) if trust else None
-        return encoding if links is None else encoding._replace(links=links)
+        if not trust:
+            return encoding
+        return encoding._replace(
+            links=torch.from_numpy(random_walk.within(encoding.links.numpy(), coarse.valid, found_at))
+        )
 
     def encode() -> Any:
         found_in = encode_coarse()

@@ -39,7 +39,7 @@ WORTH = 4  # clicks that a box or a given mask tells as much as; without any cli
 THIN_CELLS = 3
 THIN_REACH = 3 / 8  # of a cell: so close
 THIN_CORE = 0.2  # of the area may be deeper inside
-ITERATIONS = 40  # of conjugate gradients; 200 change nothing
+ITERATIONS = 100  # of conjugate gradients; where one walks freely, 40 are not enough
 NEARLY = 1e-2  # chances keep this distance from 0 and 1
 
 

@@ -29,21 +29,19 @@ from inter2former import evaluation, random_walk
 from inter2former.checkpoints import load_checkpoint, save_checkpoint
 from inter2former.errors import ConfigError, Inter2FormerError
 from inter2former.images import Frame
-from inter2former.nn.affinity import Affinity
+from inter2former.nn.affinity import WIDTH, Affinity
 from inter2former.nn.model import ImageEncoding, Inter2Former
 from inter2former.prompts import Click
-from inter2former.random_walk import CELLS, NEARLY, SOFTNESS, SURE, neighbours
+from inter2former.random_walk import CELLS, ITERATIONS, NEARLY, SOFTNESS, SURE, neighbours
 from inter2former.reference_mask import DEFINITE_BACKGROUND, DEFINITE_FOREGROUND
 from inter2former.runtime.packing import pack as pack_model
 from inter2former.segmenter import ModelSize, Segmenter
 from inter2former.terminal import print_rows, score_progress
 
-WIDTH = 48  # channels
 CLICKS = 5  # an object; later ones change little that a walk can see
-STEPS, WARMUP, BATCH, LR, DECAY = 1500, 50, 16, 1e-3, 0.05
+STEPS, WARMUP, BATCH, LR, DECAY = 2000, 50, 16, 2e-3, 0.05
 FIRST = 0.4  # of the passes are first clicks, where the network knows least
 TRUST_LR = 5e-3
-ITERATIONS = 50  # of conjugate gradients, forwards and backwards
 
 Float16 = npt.NDArray[np.float16]
 
@@ -240,20 +238,28 @@ def _inside(passes: Sequence[Pass]) -> Tensor:
     return inside
 
 
-def walked(affinity: Affinity | None, first: Tensor, data: Data, passes: Sequence[Pass]) -> Tensor:
-    """Logits after the walk, [B, CELLS, CELLS]. first: the trust in the network at the first click, a scalar.
+def walked(
+    affinity: Affinity | None, first: Tensor, data: Data, passes: Sequence[Pass], *, mirrored: bool = False
+) -> Tensor:
+    """Logits after the walk, [B, CELLS, CELLS].
 
-    Without an affinity colours say how freely one walks.
+    affinity  without one colours say how freely one walks
+    first     the trust in the network at the first click, a scalar
+    mirrored  walk in everything's mirror image, which is what is returned; not for colours
     """
+
+    def seen(maps: Tensor) -> Tensor:
+        return maps.flip(-1) if mirrored else maps
+
     links = torch.empty(len(passes), 4, CELLS, CELLS)
     for numbers, (tokens, edges, colours) in data.seen(passes):
         if affinity is not None:
-            links[numbers] = random_walk.from_logarithms(affinity(tokens, edges, colours))
+            links[numbers] = random_walk.from_logarithms(affinity(*(seen(part) for part in (tokens, edges, colours))))
             continue
         for n, of_cells in zip(numbers, colours, strict=True):
             rows, columns = passes[n].shown
             links[n] = torch.from_numpy(random_walk.links(of_cells[:, :rows, :columns], CELLS)).view(4, CELLS, CELLS)
-    inside = _inside(passes)
+    inside = seen(_inside(passes))
     both = torch.zeros_like(links)
     for direction, (here, there) in enumerate(neighbours(CELLS, CELLS)):
         both[:, direction, *here] = inside[:, *here] * inside[:, *there]
@@ -261,7 +267,7 @@ def walked(affinity: Affinity | None, first: Tensor, data: Data, passes: Sequenc
     growth = torch.tensor([random_walk.GROWTH ** (max(one.clicks, 1) - 1) for one in passes])
     trust = (first * growth).clamp_max(random_walk.MOST_TRUST).view(-1, 1, 1)
     said, object_, background = (
-        _stack(getattr(one, name) for one in passes) for name in ("said", "object_", "background")
+        seen(_stack(getattr(one, name) for one in passes)) for name in ("said", "object_", "background")
     )
     chance = _walk(links, trust, torch.sigmoid(said / SOFTNESS), object_, background)
     chance = chance.clamp(NEARLY, 1 - NEARLY)
@@ -320,8 +326,10 @@ def fit(
             firsts, later = by_source[name]
             pool = firsts if firsts and (not later or rng.random() < FIRST) else later
             chosen.append(pool[rng.integers(len(pool))])
-        logits = walked(affinity, trust.exp(), data, chosen)
-        error = loss(logits, _stack(one.truth for one in chosen), _inside(chosen))
+        mirrored = bool(rng.random() < 0.5)
+        logits = walked(affinity, trust.exp(), data, chosen, mirrored=mirrored)
+        truth, inside = _stack(one.truth for one in chosen), _inside(chosen)
+        error = loss(logits, *(maps.flip(-1) if mirrored else maps for maps in (truth, inside)))
         optimizer.zero_grad()
         error.backward()
         torch.nn.utils.clip_grad_norm_(affinity.parameters(), 1.0)
@@ -377,7 +385,7 @@ def command(
     checkpoint: Annotated[Path, typer.Option(help="The checkpoint to fit; with a random walk.")],
     data: Annotated[Path, typer.Option(help="A pack with the splits train and val.")],
     out: Annotated[Path, typer.Option(help="The checkpoint to write; may be the same file.")],
-    limit: Annotated[int, typer.Option(min=1, help="Objects a source to fit on.")] = 200,
+    limit: Annotated[int, typer.Option(min=1, help="Objects a source to fit on.")] = 300,
     val_limit: Annotated[int, typer.Option(min=1, help="Objects a source to report on.")] = 10,
     rounds: Annotated[int, typer.Option(min=1, help="Each learns from those before it too.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Of the optimiser, each round.")] = STEPS,

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from inter2former.config import ModelConfig
 from inter2former.random_walk import CELLS, DIRECTIONS, neighbours
 
+WIDTH = 48  # channels, of the starter
+
 
 class Affinity(nn.Module):
     """A few convolutions over tokens, edge features of stride 8 and colours; then neighbours are compared."""
