@@ -1,9 +1,10 @@
 """A random walk over the photo, between the network's logits and the mask (Grady 2005 and 2006).
 
-The chance that somebody who walks from a place, across strong outlines rarely, is caught by the object's side first: by
-its clicks, or, at each step with a small chance, by what the network says there. Of the network it needs no more than
-logits; where a model is small, and above all at its first click, colours know what it does not. Solved on a grid of
-CELLS x CELLS cells, whatever T is: outlines finer than a cell stay the network's, and objects that are thinner.
+The chance that somebody who walks from a place is caught by the object's side first: by its clicks, or, at each step
+with a small chance, by what the network says there. Across outlines one walks rarely; where they are, colours say, or
+what was learnt from colours and features (nn/affinity.py). Of the network no more than logits is needed; where it is
+small, and above all at its first click, the walk knows what it does not. Solved on a grid of CELLS x CELLS cells,
+whatever T is: outlines finer than a cell stay the network's, and objects that are thinner.
 
 No network here. `walk` is the twin of csrc/random_walk.cpp, step by step.
 """
