@@ -58,6 +58,8 @@ class ModelConfig:
     # Parts of a mask that are smaller than this share of the largest one and hold no positive click are left out, far
     # smaller holes without a negative click are filled; 0 keeps all, as released.
     island_share: float = 0.0
+    # From this click on only what is connected with the click changes, in parts that it meets; 0: all may, as released.
+    local_from: int = 0
     # Of the random walk that follows every pass (random_walk.py): how much it trusts the network at the first click;
     # 0 leaves it out, as released.
     walk_trust: float = 0.0
@@ -94,6 +96,7 @@ class ModelConfig:
             (self.attention_dim % 4 == 0, "attention_dim must be a multiple of 4 (two axes of RoPE pairs)"),
             (self.position_span >= 0, "position_span must not be negative"),
             (0 <= self.island_share <= 1, "island_share must be in 0..1"),
+            (self.local_from >= 0, "local_from must not be negative"),
             (0 <= self.walk_trust <= 1, "walk_trust must be in 0..1"),
             (
                 self.affinity_width == 0

@@ -10,11 +10,11 @@ How a mask is made (paper 3.3, and the click loop of the released implementation
     mask = (logits of the last decoder pass, resized to the image) > 0, then every click is kept
 
 A box or an initial mask without clicks is decoded once as it is. Above the configuration's coarse size masks are found
-at that size, and at T their outlines alone are drawn again. Where the configuration says so, colours are asked
-about each pass's logits (random_walk.py), they are cut where that suits them best (level.py), small islands that nobody
-clicked are left out, and in what is shown of the last pass small holes are filled and outlines in large photos are
-smoothed. Each step depends on the one before and on nothing else, so (R, logits) after a step are cached under a digest
-of everything that led to them.
+at that size, and at T their outlines alone are drawn again. Where the configuration says so, a random walk goes over
+the photo from each pass's logits (random_walk.py), they are cut where that suits them best (level.py), small islands
+that nobody clicked are left out, a late click changes its surroundings alone, and in what is shown of the last pass
+small holes are filled and outlines in large photos are smoothed. Each step depends on the one before and on nothing
+else, so (R, logits) after a step are cached under a digest of everything that led to them.
 """
 
 from __future__ import annotations
@@ -159,6 +159,36 @@ class _Found:
         small_parts.py."""
         logits = native.flip_small_parts(self.inside, spoken[self.pixels], share, inside=inside)
         return self if logits is None else _Found(logits, self.box)
+
+    def changed_at(self, before: _Found, click: ModelClick, radius: int) -> _Found:
+        """What was found before, but for the parts of the change that come within `radius` of the click.
+
+        A late click is about one place. What the network thinks anew far from it nobody asked for, and it is worse as
+        often as better.
+        """
+        x0, y0, x1, y1 = (pick(a, b) for pick, a, b in zip((min, min, max, max), self.box, before.box, strict=True))
+        box = (x0, y0, x1, y1)
+        now, then = self._over(box), before._over(box)
+        changed = (now > 0) != (then > 0)
+        count, part = cv2.connectedComponents(changed.view(np.uint8), connectivity=8)
+        row, column = click[0] - _TOKEN * y0, click[1] - _TOKEN * x0
+        rows, columns = (slice(max(place - radius, 0), max(place + radius + 1, 0)) for place in (row, column))
+        elsewhere = np.ones(count, np.bool_)
+        elsewhere[part[rows, columns]] = False
+        elsewhere[0] = False
+        if not elsewhere.any():
+            return self
+        kept = elsewhere[part]
+        now[kept] = then[kept]
+        return _Found(now, box)
+
+    def _over(self, box: TokenBox) -> Float32:
+        """The logits of a box that holds this one's, a copy."""
+        left, top, right, bottom = box
+        logits = np.full((_TOKEN * (bottom - top), _TOKEN * (right - left)), OUTSIDE, np.float32)
+        x0, y0, x1, y1 = (_TOKEN * side for side in self.box)
+        logits[y0 - _TOKEN * top : y1 - _TOKEN * top, x0 - _TOKEN * left : x1 - _TOKEN * left] = self.inside
+        return logits
 
     def without_teeth(self) -> _Found:
         """With outlines that are smooth at the scale of a model pixel."""
@@ -512,7 +542,10 @@ class Segmenter:
         if self.config.island_share:
             asked = start.said(frame.size, made, inside=True)
             found = found.without_small(self.config.island_share, asked, inside=True)
-        return _State.after(reference, found, _evidence(found, made, previous, start, frame))
+        evidence = _evidence(found, made, previous, start, frame)
+        if previous is not None and 0 < self.config.local_from <= len(made):
+            found = found.changed_at(previous, made[-1], self.config.click_radius)
+        return _State.after(reference, found, evidence)
 
     def _walked(self, found: _Found, encoding: ImageEncoding, reference: UInt8, clicks: int, frame: Frame) -> _Found:
         """A pass after the random walk, where there is one, with the trust of so many clicks."""

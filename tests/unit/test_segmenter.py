@@ -570,6 +570,45 @@ def test_colours_are_asked_where_the_configuration_says_so(compiled: bool, monke
     assert segmenter.segment(image, [Click(128, 96)]).mask.sum() == 9  # the click alone
 
 
+# -- late clicks -----------------------------------------------------------------------------------------------------
+
+
+def test_late_clicks_change_their_surroundings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network changes its mind at two places; from the second click on only the one that is clicked counts."""
+    first, second = torch.full((256, 256), -1.0), torch.full((256, 256), -1.0)
+    first[32:96, 32:96] = second[48:112, 32:96] = 1.0  # grows below, shrinks above
+    second[160:200, 160:200] = 1.0  # and somewhere else
+    passes = {1: Decoded(first[:112, :112], (0, 0, 7, 7), torch.zeros(16, 16))}
+    passes[2] = Decoded(second, (0, 0, 16, 16), torch.zeros(16, 16))
+
+    def after(local_from: int, *clicks: Click) -> Any:
+        model = make_tiny_model(dataclasses.replace(tiny(), local_from=local_from))
+        calls = iter(passes.values())
+
+        def decode(*_: Any) -> Decoded:
+            logits, box, low = next(calls)
+            full = torch.full((256, 256), -100.0)
+            full[: logits.shape[0], : logits.shape[1]] = logits
+            return Decoded(full, box, low)
+
+        monkeypatch.setattr(model, "decode", decode)
+        return Segmenter(model, model_size=256).segment(np.zeros((256, 256, 3), np.uint8), clicks).mask
+
+    start, grown = Click(64, 64), Click(64, 108)
+    everything = after(0, start, grown)
+    assert np.array_equal(everything, after(3, start, grown))  # not late yet
+    assert everything[180, 180]
+    assert not everything[40, 64]
+    late = after(2, start, grown)
+    assert late[108, 64]
+    assert late[40, 64]  # was not asked about
+    assert not late[180, 180]
+    refused = after(2, start, Click(230, 20, positive=False))
+    assert np.array_equal(refused, first.numpy() > 0)  # nothing changes there, so nothing changes at all
+    with pytest.raises(ConfigError, match="local_from"):
+        dataclasses.replace(tiny(), local_from=-1)
+
+
 # -- R8: what is not finite never leaves -----------------------------------------------------------------------------
 
 
