@@ -68,11 +68,12 @@ class Variant(Inter2Former):
     def __init__(self, model: Inter2Former, switches: Switches) -> None:
         config = model.config
         if not switches.walk:
-            config = dataclasses.replace(config, walk_trust=0.0, level_weights=())
+            config = dataclasses.replace(config, walk_trust=0.0, affinity_width=0, level_weights=())
         elif not switches.levels:
             config = dataclasses.replace(config, level_weights=())
         super().__init__(config)
-        self.load_state_dict(model.state_dict())
+        kept = self.state_dict().keys()  # without a walk nothing says how freely one walks
+        self.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in kept})
         self.switches = switches
         self.eval().requires_grad_(False)
         self.prompt.fix_background()

@@ -35,7 +35,7 @@ SOFTNESS = 3.0  # logits are divided by it: the network is too sure of itself; 3
 SURE = 12.0  # logits end here
 GROWTH = 2.0  # of the trust in the network at each further click
 MOST_TRUST = 9.0
-WORTH = 4  # clicks that a box or a given mask tells as much as; without any click nobody walks, it makes both worse
+WORTH = 8  # clicks that a box or a given mask tells as much as; without any click nobody walks, it makes both worse
 # Too thin for cells, as cracks are: of more than so many cells' area, nearly all of it close to its outline.
 THIN_CELLS = 3
 THIN_REACH = 3 / 8  # of a cell: so close

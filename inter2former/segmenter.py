@@ -266,6 +266,13 @@ class _Start:
             state = reference_mask.initial(size, initial if self.box is None else reference_mask.UNKNOWN)
         return state if self.box is None else reference_mask.limit_to_box(state, self.box)
 
+    def found(self) -> _Found | None:
+        """A given mask as if it had been found; None when there is none."""
+        if self.mask is None:
+            return None
+        side = len(self.mask) // _TOKEN
+        return _Found(np.where(self.mask, np.float32(1), np.float32(-1)), (0, 0, side, side))
+
     @property
     def worth(self) -> int:
         """Clicks that this tells as much as."""
@@ -543,8 +550,9 @@ class Segmenter:
             asked = start.said(frame.size, made, inside=True)
             found = found.without_small(self.config.island_share, asked, inside=True)
         evidence = _evidence(found, made, previous, start, frame)
-        if previous is not None and 0 < self.config.local_from <= len(made):
-            found = found.changed_at(previous, made[-1], self.config.click_radius)
+        corrected = start.found() if previous is None else previous
+        if made and corrected is not None and 0 < self.config.local_from <= start.worth + len(made):
+            found = found.changed_at(corrected, made[-1], self.config.click_radius)
         return _State.after(reference, found, evidence)
 
     def _walked(self, found: _Found, encoding: ImageEncoding, reference: UInt8, clicks: int, frame: Frame) -> _Found:
