@@ -40,6 +40,7 @@ class Loaded(NamedTuple):
     model: Inter2Former
     provenance: dict[str, Any]
     digest: str
+    dtype: torch.dtype  # of the weights in the file; those of `model` are float32
 
 
 def save_checkpoint(
@@ -98,7 +99,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Loaded:
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(f"{name} has a bad configuration: {error}") from error
     model = _build(config, {key: value.float() if value.is_floating_point() else value for key, value in state.items()})
-    return Loaded(model, provenance if isinstance(provenance, dict) else {}, _digest(data))
+    dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
+    return Loaded(model, provenance if isinstance(provenance, dict) else {}, _digest(data), dtype)
 
 
 def _digest(data: bytes) -> str:

@@ -58,7 +58,8 @@ class ModelConfig:
     # Parts of a mask that are smaller than this share of the largest one and hold no positive click are left out, far
     # smaller holes without a negative click are filled; 0 keeps all, as released.
     island_share: float = 0.0
-    # From this click on only what is connected with the click changes, in parts that it meets; 0: all may, as released.
+    # From this click on a pass changes only the parts of the mask that its click meets; a box and a given mask count as
+    # random_walk.WORTH clicks. 0: it changes what it likes, as released.
     local_from: int = 0
     # Of the random walk that follows every pass (random_walk.py): how much it trusts the network at the first click;
     # 0 leaves it out, as released.

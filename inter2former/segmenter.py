@@ -267,11 +267,14 @@ class _Start:
         return state if self.box is None else reference_mask.limit_to_box(state, self.box)
 
     def found(self) -> _Found | None:
-        """A given mask as if it had been found; None when there is none."""
+        """A given mask, what of it lies in the box, as if it had been found; None when there is none."""
         if self.mask is None:
             return None
-        side = len(self.mask) // _TOKEN
-        return _Found(np.where(self.mask, np.float32(1), np.float32(-1)), (0, 0, side, side))
+        inside, side = self.mask, len(self.mask) // _TOKEN
+        if self.box is not None:
+            unknown = reference_mask.initial(len(inside), reference_mask.UNKNOWN)
+            inside = inside & (reference_mask.limit_to_box(unknown, self.box) == reference_mask.UNKNOWN)
+        return _Found(np.where(inside, np.float32(1), np.float32(-1)), (0, 0, side, side))
 
     @property
     def worth(self) -> int:
@@ -549,11 +552,10 @@ class Segmenter:
         if self.config.island_share:
             asked = start.said(frame.size, made, inside=True)
             found = found.without_small(self.config.island_share, asked, inside=True)
-        evidence = _evidence(found, made, previous, start, frame)
         corrected = start.found() if previous is None else previous
         if made and corrected is not None and 0 < self.config.local_from <= start.worth + len(made):
             found = found.changed_at(corrected, made[-1], self.config.click_radius)
-        return _State.after(reference, found, evidence)
+        return _State.after(reference, found, _evidence(found, made, previous, start, frame))
 
     def _walked(self, found: _Found, encoding: ImageEncoding, reference: UInt8, clicks: int, frame: Frame) -> _Found:
         """A pass after the random walk, where there is one, with the trust of so many clicks."""

@@ -21,7 +21,6 @@ import numpy.typing as npt
 import torch
 import typer
 from rich.progress import track
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -84,7 +83,6 @@ class _Watching(Segmenter):
     passes: list[Pass]
     images: list[Seen]
     target: evaluation.Target
-    colours: bool  # whether colours say how freely one walks
 
     def watch(self, affinity: Affinity) -> None:
         self.passes, self.images = [], []
@@ -95,12 +93,6 @@ class _Watching(Segmenter):
         colours = F.avg_pool2d(image, image.shape[-1] // CELLS)
         kept = (part[0].numpy().astype(np.float16) for part in (tokens, edges, colours))
         self.images.append(Seen(*kept))
-
-    def _links(self, image: Tensor, encoding: ImageEncoding, frame: Frame) -> random_walk.Float32:
-        if not self.colours:
-            return super()._links(image, encoding, frame)
-        height, width = frame.valid
-        return random_walk.links(image[:, :height, :width], frame.size)
 
     def _walked(self, found: Any, encoding: ImageEncoding, reference: Any, clicks: int, frame: Frame) -> Any:
         if not random_walk.is_thin(found.inside, frame.size):  # nobody walks there, so nothing is to be learnt
@@ -131,7 +123,8 @@ def collect(
     assert model.affinity is not None
     watching = _Watching(model, model_size=model_size, cache_bytes=64 << 20)
     watching.config = dataclasses.replace(watching.config, level_weights=())
-    watching.colours = colours
+    if colours:
+        watching.config = dataclasses.replace(watching.config, affinity_width=0)
     watching.watch(model.affinity)
 
     def said() -> Iterator[evaluation.Target]:
@@ -371,14 +364,13 @@ def with_affinity(model: Inter2Former, width: int, seed: int) -> Inter2Former:
 def write(checkpoint: Path, out: Path, affinity: Affinity, first: float, facts: dict[str, Any]) -> str:
     """The checkpoint with this affinity and trust, tensors as precise as before; returns the digest."""
     loaded = load_checkpoint(checkpoint)
-    dtype = next(t.dtype for t in load_file(checkpoint).values() if t.is_floating_point())
     width = affinity.tokens.out_channels
     model = with_affinity(loaded.model, width, 0)
     assert model.affinity is not None
     model.affinity.load_state_dict(affinity.state_dict())
     model.config = dataclasses.replace(model.config, affinity_width=width, walk_trust=first)
     provenance = {**loaded.provenance, "affinity": {**facts, "of": loaded.digest}}
-    return save_checkpoint(out, model, provenance=provenance, dtype=dtype)
+    return save_checkpoint(out, model, provenance=provenance, dtype=loaded.dtype)
 
 
 def command(
@@ -389,6 +381,9 @@ def command(
     val_limit: Annotated[int, typer.Option(min=1, help="Objects a source to report on.")] = 10,
     rounds: Annotated[int, typer.Option(min=1, help="Each learns from those before it too.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Of the optimiser, each round.")] = STEPS,
+    trust: Annotated[
+        float | None, typer.Option(min=1e-6, max=1.0, help="In the network at the first click [as fitted].")
+    ] = None,
     width: Annotated[int, typer.Option(min=2, help="Channels.")] = WIDTH,
     model_size: Annotated[int | None, typer.Option(help="Model size T [where the checkpoint finds masks].")] = None,
     seed: int = 0,
@@ -437,6 +432,9 @@ def command(
                 packed.affinity.load_state_dict(fitted.state_dict())
                 packed.config = dataclasses.replace(packed.config, walk_trust=first)
                 figures[f"after {number + 1}"] = ious(fitted, first, held_out)
+            if trust is not None:
+                first = trust
+                figures["with that trust"] = ious(fitted, first, held_out)
         facts = {"objects a source": limit, "rounds": rounds, "steps": steps, "val": figures, "trust": first}
         digest = write(checkpoint, out, fitted, first, facts)
     except (Inter2FormerError, OSError) as error:

@@ -19,7 +19,6 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 import typer
-from safetensors.torch import load_file
 
 from inter2former import evaluation, level, score
 from inter2former.checkpoints import load_checkpoint, save_checkpoint
@@ -251,10 +250,9 @@ def write(
 ) -> str:
     """The checkpoint with these weights of score and levels, tensors as precise as before; returns the digest."""
     loaded = load_checkpoint(checkpoint)
-    dtype = next(t.dtype for t in load_file(checkpoint).values() if t.is_floating_point())
     loaded.model.config = dataclasses.replace(loaded.model.config, score_weights=weights, level_weights=levels)
     provenance = {**loaded.provenance, "calibration": {**facts, "of": loaded.digest}}
-    return save_checkpoint(out, loaded.model, provenance=provenance, dtype=dtype)
+    return save_checkpoint(out, loaded.model, provenance=provenance, dtype=loaded.dtype)
 
 
 def command(

@@ -257,8 +257,7 @@ class Trainer:
         if self.model.affinity is None:
             return [random_walk.links(i[:, :h, :w], size) for i, (h, w) in zip(images.cpu(), valid, strict=True)]
         with torch.autocast(self.device.type, enabled=False):
-            logarithms = self.model.affinity(features.tokens.float(), features.edges[0].float(), images)
-        links = random_walk.from_logarithms(logarithms).flatten(2).cpu().numpy()
+            links = self.model.links(features, images).cpu().numpy()
         return [random_walk.within(own, (h, w), size) for own, (h, w) in zip(links, valid, strict=True)]
 
     def _walked(self, logits: np.ndarray, annotator: simulate.Annotator, links: np.ndarray) -> np.ndarray:

@@ -114,15 +114,15 @@ class Inter2Former(nn.Module):
         with torch.inference_mode():
             features = self.encode_batch(image.unsqueeze(0))
             edges = [e.float().contiguous() for e in features.edges]
-            return Features(features.tokens.float().contiguous(), edges, self.links(features, image))
+            return Features(features.tokens.float().contiguous(), edges, self.links(features, image.unsqueeze(0))[0])
 
     def links(self, features: Features, image: Tensor) -> Tensor:
-        """Of one image [3, T, T] with its features: what the random walk is to know of it, float32 [4, cells], as if it
-        filled the frame; empty for a model that has not learnt it."""
+        """Of images [B, 3, T, T] with their features: what the random walk is to know of them, float32 [B, 4, cells],
+        as if they filled the frame; [B, 0] for a model that has not learnt it."""
         if self.affinity is None:
-            return torch.empty(0)
-        logarithms = self.affinity(features.tokens.float(), features.edges[0].float(), image.unsqueeze(0))
-        return random_walk.from_logarithms(logarithms[0]).flatten(1)
+            return torch.empty(len(image), 0)
+        logarithms = self.affinity(features.tokens.float(), features.edges[0].float(), image)
+        return random_walk.from_logarithms(logarithms).flatten(2)
 
     def encode_batch(self, image: Tensor) -> Features:
         """image [B, 3, T, T] -> Features; differentiable."""

@@ -108,7 +108,7 @@ class FusedDecoder:
         """As Inter2Former.encode: image float32 [3, T, T]."""
         with torch.inference_mode():
             features = self._encode_batch(image.unsqueeze(0))
-            return self.compact(features)._replace(links=self._links(features, image))
+            return self.compact(features)._replace(links=self._links(features, image.unsqueeze(0))[0])
 
     def encode_finer(self, image: Tensor, coarse: CompactEncoding) -> CompactEncoding:
         """As Inter2Former.encode_finer."""

@@ -609,6 +609,22 @@ def test_late_clicks_change_their_surroundings_alone(monkeypatch: pytest.MonkeyP
         dataclasses.replace(tiny(), local_from=-1)
 
 
+def test_a_click_on_a_given_mask_keeps_the_rest_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network would forget the mask; what the click does not meet stays, inside a box if there is one."""
+    logits = torch.full((256, 256), -1.0)
+    logits[100:140, 100:140] = 1.0
+    model = make_tiny_model(dataclasses.replace(tiny(), local_from=4))
+    monkeypatch.setattr(model, "decode", lambda *_: Decoded(logits, (0, 0, 16, 16), torch.zeros(16, 16)))
+    segmenter = Segmenter(model, model_size=256)
+    image, given = np.zeros((256, 256, 3), np.uint8), np.zeros((256, 256), bool)
+    given[20:60, 20:200] = True
+    both = segmenter.segment(image, [Click(120, 120)], initial_mask=given).mask
+    assert np.array_equal(both, given | (logits.numpy() > 0))
+    within = segmenter.segment(image, [Click(120, 120)], initial_mask=given, box=Box(10, 10, 150, 150)).mask
+    assert within[30, 100]
+    assert not within[30, 180]
+
+
 # -- R8: what is not finite never leaves -----------------------------------------------------------------------------
 
 
