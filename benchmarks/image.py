@@ -25,15 +25,16 @@ import typer
 
 from benchmarks.decoder import ours, scene, timed, use_threads
 from benchmarks.results import write_result
-from inter2former import random_walk, reference_mask, refinement
+from inter2former import random_walk, refinement
 from inter2former.bench import Action, disc, picture, sam_vit_b
 from inter2former.config import PRESETS
 from inter2former.images import Frame
 from inter2former.nn.affinity import WIDTH
 from inter2former.nn.canny import canny
 from inter2former.nn.model import Inter2Former
+from inter2former.nn.outline import WIDTHS
 from inter2former.runtime import native
-from inter2former.runtime.decoder import CompactEncoding, FusedDecoder
+from inter2former.runtime.decoder import FusedDecoder
 from inter2former.runtime.memory import keep_freed_memory
 from inter2former.runtime.packing import pack
 from inter2former.terminal import print_rows
@@ -63,8 +64,8 @@ def our_actions(preset: str, size: int, precision: native.Precision = "float32")
     """encode, edges, click (10 %, at the object's box) and first_click; agreement with the plain encoder is checked."""
     torch.manual_seed(0)
     config = PRESETS[preset]()
-    if config.walk_trust:  # as the starter has it
-        config = dataclasses.replace(config, affinity_width=WIDTH)
+    if config.walk_trust:  # as the starter has them
+        config = dataclasses.replace(config, affinity_width=WIDTH, outline_widths=WIDTHS)
     plain = Inter2Former(config).eval()
     packed = pack(copy.deepcopy(plain), precision)
     frame = Frame(size, size, size, plain.config.input_convention)
@@ -74,12 +75,12 @@ def our_actions(preset: str, size: int, precision: native.Precision = "float32")
     off = (packed.encode(small).tokens - want).norm() / want.norm()
     assert off < (1e-4 if precision == "float32" else 3e-2), f"the packed encoder is {off:.1g} off"
     trust = plain.config.walk_trust
-    # Where masks are found; a preset with a coarse size draws their outlines at T.
+    # Where masks are found; their outlines are drawn at T.
     found_at = min(size, plain.config.coarse_size or size)
     coarse = Frame(size, size, found_at, plain.config.input_convention)
     coarse_image = coarse.prepare(picture(size, 7))
 
-    def encode_coarse() -> Any:
+    def encode() -> Any:
         encoding: Any = packed.encode(coarse_image)
         if not trust:
             return encoding
@@ -87,12 +88,7 @@ def our_actions(preset: str, size: int, precision: native.Precision = "float32")
             links=torch.from_numpy(random_walk.within(encoding.links.numpy(), coarse.valid, found_at))
         )
 
-    def encode() -> Any:
-        found_in = encode_coarse()
-        return found_in if found_at == size else packed.encode_finer(image, found_in)
-
-    encoding = encode_coarse()
-    finer = None if found_at == size else packed.encode_finer(image, encoding)
+    encoding = encode()
     compiled = native.module()
     if compiled is None:
         raise SystemExit("The native module is not there.")
@@ -105,28 +101,28 @@ def our_actions(preset: str, size: int, precision: native.Precision = "float32")
 
     def click(area: float | None) -> Action:
         found = ours(decoder, encoding, coarse, *scene(found_at, area, plain.config.initial_reference), trust=trust)
-        if finer is None:
+        if packed.outline is None:
             return found
-        drawn = redrawing(decoder, finer, coarse, frame)
+        drawn = redrawing(packed, coarse, frame)
         return lambda: (found(), drawn())
 
     return {"encode": encode, "edges": edges, "click": click(AREA), "first_click": click(None)}
 
 
-def redrawing(decoder: FusedDecoder, finer: CompactEncoding, coarse: Frame, frame: Frame) -> Action:
-    """What follows a click in a smaller frame: the outline of the object is drawn in the larger one."""
+def redrawing(packed: Inter2Former, coarse: Frame, frame: Frame) -> Action:
+    """What follows a click: the outline of the object is drawn in the picture."""
     box = scene(coarse.size, AREA)[1]
     left, top, right, bottom = (16 * side for side in box)
     inside = np.where(disc(coarse.size, AREA), np.float32(3), np.float32(-3))[top:bottom, left:right].copy()
+    seen = frame.picture(picture(frame.size, 7))
     middle = frame.size // 2
-    upsampled = scene(frame.size, AREA)[1]
 
     def redraw() -> object:
         spread = refinement.spread(inside, box, coarse, frame)
         assert spread is not None
-        told = reference_mask.paint_clicks(spread.reference(frame.size), [(middle, middle, True)], 5)
-        fine = decoder.click(finer, told, upsampled, edge_rule="exact", window=spread.window(frame.size))
-        return frame.mask_from_logits(torch.from_numpy(spread.drawn(fine.inside, fine.box)), spread.box)
+        change = packed.draw(refinement.look(spread, seen, [(middle, middle, True)]))
+        drawn = refinement.drawn(spread, change)
+        return frame.mask_from_logits(torch.from_numpy(drawn.logits), drawn.box)
 
     return redraw
 

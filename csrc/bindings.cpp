@@ -13,6 +13,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "convolution.h"
@@ -20,6 +21,7 @@
 #include "dispatch.h"
 #include "evidence.h"
 #include "hmoe.h"
+#include "outline.h"
 #include "random_walk.h"
 #include "reference_mask.h"
 #include "small_parts.h"
@@ -29,7 +31,7 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int kInterface = 8;  // runtime/native.py asks for exactly this
+constexpr int kInterface = 9;  // runtime/native.py asks for exactly this
 constexpr std::int64_t kMaxSide = 1 << 20;
 constexpr int kMaxThreads = 1024;
 
@@ -251,9 +253,7 @@ public:
     // -> logits inside the box, box in tokens, low logits
     py::tuple decode(const py::object& tokens_object, const py::list& edges, const py::list& units, const py::list& middles,
                      const py::object& cosines_object, const py::object& sines_object, const py::object& state_object,
-                     const std::optional<std::array<std::int64_t, 4>>& forced,
-                     const std::optional<bool>& constant_is_edge,
-                     const std::optional<std::array<std::int64_t, 4>>& looked_at) const {
+                     const std::optional<std::array<std::int64_t, 4>>& forced) const {
         const i2f::DecoderSizes& sizes = decoder_->sizes();
         const auto tokens = typed<float>(tokens_object, "tokens", 3);
         const std::int64_t rows = tokens.shape(0);
@@ -312,21 +312,9 @@ public:
         const auto state = typed<std::uint8_t>(state_object, "state", 2);
         require_shape(state, "state", {16 * rows, 16 * columns});
         const std::ptrdiff_t stride = row_stride(state, "state");
-        const auto inside = [](const std::array<std::int64_t, 4>& asked, const char* name,
-                               const i2f::TokenBox& whole) -> i2f::TokenBox {
-            const auto [left, top, right, bottom] = asked;
-            if (left < whole.left || top < whole.top || right > whole.right || bottom > whole.bottom || left >= right ||
-                top >= bottom) {
-                throw py::value_error(std::string(name) + " " + shape_text({left, top, right, bottom}) +
-                                      " must be left, top, right, bottom in tokens.");
-            }
-            return {left, top, right, bottom};
-        };
-        i2f::TokenBox window{0, 0, columns, rows};
-        if (looked_at) window = inside(*looked_at, "window", window);
-        const std::uint8_t* const states = state.data() + 16 * window.top * stride + 16 * window.left;
+        const std::uint8_t* const states = state.data();
 
-        py::array_t<float> low(std::vector<py::ssize_t>{window.rows(), window.columns()});
+        py::array_t<float> low(std::vector<py::ssize_t>{rows, columns});
         float* const low_data = low.mutable_data();
         static thread_local i2f::Arena arena;
         i2f::TokenBox box{};
@@ -335,21 +323,27 @@ public:
         {
             const py::gil_scoped_release unlocked;
             i2f::Box told{};
-            known = i2f::prompt_box(decoder_->kernels(), states, stride, 16 * window.rows(), 16 * window.columns(), told);
+            known = i2f::prompt_box(decoder_->kernels(), states, stride, 16 * rows, 16 * columns, told);
             if (known) {
                 x = reinterpret_cast<float*>(
-                    arena.get(static_cast<std::size_t>(window.rows() * window.columns() * sizes.width) * sizeof(float)));
-                box = decoder_->locate(image, window, states, stride, told,
-                                       constant_is_edge.value_or(sizes.constant_is_edge), low_data, x);
+                    arena.get(static_cast<std::size_t>(rows * columns * sizes.width) * sizeof(float)));
+                box = decoder_->locate(image, states, stride, told, low_data, x);
             }
         }
         if (!known) throw py::value_error("state holds a value above 4; states are 0 to 4.");
-        if (forced) box = inside(*forced, "box", window);
-        py::array_t<float> logits(std::vector<py::ssize_t>{16 * box.rows(), 16 * box.columns()});
+        if (forced) {
+            const auto [left, top, right, bottom] = *forced;
+            if (left < 0 || top < 0 || right > columns || bottom > rows || left >= right || top >= bottom) {
+                throw py::value_error("box " + shape_text({left, top, right, bottom}) +
+                                      " must be left, top, right, bottom in tokens.");
+            }
+            box = {left, top, right, bottom};
+        }
+        py::array_t<float> logits(std::vector<py::ssize_t>{16 * (box.bottom - box.top), 16 * (box.right - box.left)});
         float* const to = logits.mutable_data();
         {
             const py::gil_scoped_release unlocked;
-            decoder_->draw(image, window, x, box, to);
+            decoder_->draw(image, x, box, to);
         }
         return py::make_tuple(logits, py::make_tuple(box.left, box.top, box.right, box.bottom), low);
     }
@@ -647,6 +641,57 @@ private:
     std::unique_ptr<i2f::Convolution> convolution_;
 };
 
+class Outline {
+public:
+    // layers: weight and bias of each convolution, in the order of csrc/outline.h
+    Outline(const std::vector<std::pair<py::object, py::object>>& layers, const std::vector<int>& down,
+            const std::vector<int>& up, const std::string& isa) {
+        std::vector<py::array_t<float>> alive;
+        std::vector<i2f::OutlineLayer> given;
+        for (const auto& [weight_object, bias_object] : layers) {
+            const auto weight = typed<float>(weight_object, "weight", 4);
+            const auto bias = typed<float>(bias_object, "bias", 1);
+            const std::int64_t out = weight.shape(0);
+            const std::int64_t in = weight.shape(1);
+            if (out < 1 || in < 1 || out > kMaxSide || in > kMaxSide) throw py::value_error("A layer has no channels.");
+            require_shape(weight, "weight", {out, in, 3, 3});
+            require_shape(bias, "bias", {out});
+            require_contiguous(weight, "weight");
+            require_contiguous(bias, "bias");
+            given.push_back({in, out, weight.data(), bias.data()});
+            alive.insert(alive.end(), {weight, bias});
+        }
+        outline_ = std::make_unique<i2f::Outline>(given, down, up, kernels_named(isa));
+    }
+
+    // -> what is to be added to the logits
+    py::array_t<float> forward(const py::object& x_object) const {
+        const auto x = typed<float>(x_object, "x", 3);
+        require_shape(x, "x", {outline_->channels(), x.shape(1), x.shape(2)});
+        require_contiguous(x, "x");
+        const std::int64_t side = outline_->side();
+        for (const py::ssize_t length : {x.shape(1), x.shape(2)}) {
+            if (length < 1 || length > kMaxSide || length % side != 0) {
+                throw py::value_error("Sides of x must be multiples of " + std::to_string(side) + ", not " +
+                                      shape_text(shape_of(x)) + ".");
+            }
+        }
+        py::array_t<float> out(std::vector<py::ssize_t>{x.shape(1), x.shape(2)});
+        float* const to = out.mutable_data();
+        {
+            const py::gil_scoped_release unlocked;
+            outline_->run(x.data(), x.shape(1), x.shape(2), to);
+        }
+        return out;
+    }
+
+    std::string isa() const { return outline_->kernels().name; }
+    std::size_t nbytes() const { return outline_->bytes(); }
+
+private:
+    std::unique_ptr<i2f::Outline> outline_;
+};
+
 std::vector<std::tuple<std::string, std::string, std::string>> instruction_sets(const std::string& precision) {
     std::vector<std::tuple<std::string, std::string, std::string>> rows;
     for (const i2f::Path& path : i2f::paths(precision_named(precision))) {
@@ -690,7 +735,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         .def(py::init<const py::dict&, const py::dict&, const std::string&, const std::string&>(), py::arg("weights"),
              py::arg("sizes"), py::arg("isa") = "auto", py::arg("precision") = "float32")
         .def("decode", &Decoder::decode, py::arg("tokens"), py::arg("edges"), py::arg("units"), py::arg("middles"), py::arg("cosines"),
-             py::arg("sines"), py::arg("state"), py::arg("box") = py::none(), py::arg("constant_is_edge") = py::none(), py::arg("window") = py::none())
+             py::arg("sines"), py::arg("state"), py::arg("box") = py::none())
         .def_property_readonly("isa", &Decoder::isa)
         .def_property_readonly("nbytes", &Decoder::nbytes);
     py::class_<Convolution>(m, "Convolution")
@@ -700,4 +745,11 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
              py::arg("shift") = py::none(), py::arg("add") = py::none(), py::arg("silu") = false)
         .def_property_readonly("isa", &Convolution::isa)
         .def_property_readonly("nbytes", &Convolution::nbytes);
+    py::class_<Outline>(m, "Outline")
+        .def(py::init<const std::vector<std::pair<py::object, py::object>>&, const std::vector<int>&,
+                      const std::vector<int>&, const std::string&>(),
+             py::arg("layers"), py::arg("down"), py::arg("up"), py::arg("isa") = "auto")
+        .def("forward", &Outline::forward, py::arg("x"))
+        .def_property_readonly("isa", &Outline::isa)
+        .def_property_readonly("nbytes", &Outline::nbytes);
 }

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "thread_pool.h"
-
 namespace i2f {
 namespace {
 
@@ -96,7 +94,7 @@ void Convolution::run(const ConvolutionCall& call, double (&sums)[2]) const {
             tile.columns = static_cast<int>(std::min(kSide, call.width - x));
             kernels_.tile_out(tile, memory + 2 * (first + i));
         }
-    }, Lane::image);
+    }, call.lane);
     sums[0] = sums[1] = 0.0;
     for (std::int64_t i = 0; i < tiles; ++i) {
         sums[0] += static_cast<double>(memory[2 * i]);

@@ -1,5 +1,5 @@
 // 3 x 3 convolution of a whole map with padding 1, in float32, for maps of many channels: Winograd's F(4 x 4, 3 x 3)
-// needs a quarter of the multiplications. Runs once an image. Its error is a few units in the seventh digit of the
+// needs a quarter of the multiplications. Its error is a few units in the seventh digit of the
 // largest term, about six times that of the plain sum.
 #pragma once
 
@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "packing.h"
+#include "thread_pool.h"
 
 namespace i2f {
 
@@ -18,6 +19,7 @@ struct ConvolutionCall {
     const float* add;            // as out: added to the result
     bool silu;                   // applied at last
     float* out;                  // must not overlap the others
+    Lane lane = Lane::image;
 };
 
 class Convolution {

@@ -13,7 +13,6 @@ constexpr std::uint8_t kPossibleBackground = 1;
 
 thread_local Arena pass_arena;
 thread_local Arena line_arena;
-thread_local Arena part_arena;
 
 GetWeight under(const GetWeight& get, std::string prefix) {
     return [&get, prefix = std::move(prefix)](const std::string& name, const std::vector<std::int64_t>& shape) {
@@ -45,31 +44,6 @@ private:
     std::byte* memory_;
     std::size_t used_ = 0;
 };
-
-// A window of an image as an image of its own, but for its edges; in memory of this thread.
-EncodedImage part_of(const EncodedImage& image, const TokenBox& window, const DecoderSizes& sizes) {
-    if (window.rows() == image.rows && window.columns() == image.columns) return image;
-    EncodedImage part = image;
-    part.rows = window.rows();
-    part.columns = window.columns();
-    const std::int64_t n = part.rows * part.columns;
-    const std::int64_t half = sizes.attention / 2;
-    auto* memory = reinterpret_cast<float*>(
-        part_arena.get(static_cast<std::size_t>(n * (sizes.width + 2 * half)) * sizeof(float)));
-    const auto copied = [&](const float* from, std::int64_t width) {
-        float* const to = memory;
-        for (std::int64_t y = 0; y < part.rows; ++y) {
-            std::copy_n(from + ((window.top + y) * image.columns + window.left) * width, part.columns * width,
-                        to + y * part.columns * width);
-        }
-        memory += n * width;
-        return to;
-    };
-    part.tokens = copied(image.tokens, sizes.width);
-    part.cosines = copied(image.cosines, half);
-    part.sines = copied(image.sines, half);
-    return part;
-}
 
 }  // namespace
 
@@ -342,10 +316,8 @@ void Decoder::attention(const Block& block, Pass& pass) const {
     });
 }
 
-TokenBox Decoder::locate(const EncodedImage& whole, const TokenBox& window, const std::uint8_t* state,
-                         std::ptrdiff_t row_stride, const Box& box, bool constant_is_edge, float* low,
-                         float* tokens) const {
-    const EncodedImage image = part_of(whole, window, sizes_);
+TokenBox Decoder::locate(const EncodedImage& image, const std::uint8_t* state, std::ptrdiff_t row_stride,
+                         const Box& box, float* low, float* tokens) const {
     const std::int64_t height = image.rows * kToken;
     const std::int64_t width = image.columns * kToken;
     const std::int64_t P = kernels_.panel;
@@ -369,7 +341,7 @@ TokenBox Decoder::locate(const EncodedImage& whole, const TokenBox& window, cons
     std::fill_n(pass.keys + pass.n / P * P * key_words, (round_to(pass.n, P) - pass.n / P * P) * key_words, 0.0F);
     if (kernels_.pairs) std::fill_n(pass.paired_values, round_to(pass.a, P) * words_of(pass.n, true), 0.0F);
 
-    edge_tokens(kernels_, state, row_stride, height, width, box, constant_is_edge, kToken, edge);
+    edge_tokens(kernels_, state, row_stride, height, width, box, sizes_.constant_is_edge, kToken, edge);
     prompt_.add(state, row_stride, height, width, box, image.tokens, pass.x);
     std::int64_t place = 0;
     for (const bool wanted : {true, false}) {
@@ -407,8 +379,7 @@ TokenBox Decoder::locate(const EncodedImage& whole, const TokenBox& window, cons
         found = {std::min(found.left, column), std::min(found.top, row), std::max(found.right, column + 1),
                  std::max(found.bottom, row + 1)};
     }
-    if (found.right == 0) return window;
-    return {window.left + found.left, window.top + found.top, window.left + found.right, window.top + found.bottom};
+    return found.right > 0 ? found : TokenBox{0, 0, image.columns, image.rows};
 }
 
 }  // namespace i2f

@@ -22,7 +22,7 @@ struct DecoderSizes {
     std::int64_t prompt[3];
     std::int64_t up[4];
     bool per_pixel_norm;
-    bool constant_is_edge;  // the "released" edge rule, where a click asks for none
+    bool constant_is_edge;  // the "released" edge rule
     float low_threshold;
 };
 
@@ -40,15 +40,13 @@ public:
     Decoder(const GetWeight& get, const DecoderSizes& sizes, std::vector<Hmoe> experts, const Kernels& kernels);
 
     // Thread-safe; results do not depend on the number of threads. Throws std::bad_alloc.
-    // Of the image only the window is looked at. state: of the window, 0 to 4, [16 rows, 16 columns]; box: from
-    // prompt_box, in the window -> low and tokens of the window; returns the box that is upsampled, in the image.
-    TokenBox locate(const EncodedImage& image, const TokenBox& window, const std::uint8_t* state,
-                    std::ptrdiff_t row_stride, const Box& box, bool constant_is_edge, float* low, float* tokens) const;
+    // state [16 rows, 16 columns] 0 to 4, box from prompt_box -> low [rows, columns]; returns the box that is upsampled.
+    TokenBox locate(const EncodedImage& image, const std::uint8_t* state, std::ptrdiff_t row_stride, const Box& box,
+                    float* low, float* tokens) const;
 
-    // tokens as `locate` left them; box in the window -> logits inside the box, [16 box rows, 16 box columns]
-    void draw(const EncodedImage& image, const TokenBox& window, const float* tokens, const TokenBox& box,
-              float* logits) const {
-        upsampling_.run(tokens, window, image.rows, image.columns, box, image.edges, logits);
+    // tokens as `locate` left them -> logits inside the box, [16 box rows, 16 box columns]
+    void draw(const EncodedImage& image, const float* tokens, const TokenBox& box, float* logits) const {
+        upsampling_.run(tokens, image.rows, image.columns, box, image.edges, logits);
     }
 
     const DecoderSizes& sizes() const { return sizes_; }

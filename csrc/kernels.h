@@ -188,6 +188,9 @@ struct Kernels {
     // See convolution_kernels.inc. sums: of the result and of its squares.
     void (*tile_in)(const TileIn& tile);
     void (*tile_out)(const TileOut& tile, float* sums);
+
+    // v = v sigmoid(v), in place
+    void (*silu)(float* v, std::int64_t count);
 };
 
 // 32-bit words of a row or column of `terms`.

@@ -239,10 +239,10 @@ void Upsampling::stage(int index, const float* z, std::int64_t height, std::int6
     }
 }
 
-void Upsampling::run(const float* tokens, const TokenBox& window, std::int64_t rows, std::int64_t columns,
-                     const TokenBox& box, const EdgeMaps (&edges)[4], float* out) const {
-    const std::int64_t height = box.rows();
-    const std::int64_t width = box.columns();
+void Upsampling::run(const float* tokens, std::int64_t rows, std::int64_t columns, const TokenBox& box,
+                     const EdgeMaps (&edges)[4], float* out) const {
+    const std::int64_t height = box.bottom - box.top;
+    const std::int64_t width = box.right - box.left;
     const std::int64_t d = widths_[0];
     std::int64_t map = d * height * width;  // the largest map, and the most working memory of a stage
     std::int64_t work = 0;
@@ -266,7 +266,7 @@ void Upsampling::run(const float* tokens, const TokenBox& window, std::int64_t r
         constexpr std::int64_t kStep = 16;
         float sums[kStep] = {};
         float squares[kStep] = {};
-        const float* from = tokens + ((box.top - window.top + y) * window.columns() + box.left - window.left) * d;
+        const float* from = tokens + ((box.top + y) * columns + box.left) * d;
         for (std::int64_t x = 0; x < width; x += kStep) {
             const std::int64_t nx = std::min(kStep, width - x);
             for (std::int64_t c = 0; c < d; c += kStep) {

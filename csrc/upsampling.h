@@ -14,9 +14,6 @@ namespace i2f {
 
 struct TokenBox {
     std::int64_t left, top, right, bottom;  // half-open, tokens
-
-    std::int64_t rows() const { return bottom - top; }
-    std::int64_t columns() const { return right - left; }
 };
 
 // conv(E) of one stage over the whole map, in float32 or in int16: of those, kEdgeBlock after the other share a unit.
@@ -43,9 +40,8 @@ public:
     // widths: d, u1, u2, u3, 1. Throws std::bad_alloc.
     Upsampling(const GetWeight& get, const std::int64_t (&widths)[5], bool per_pixel, const Kernels& kernels);
 
-    // tokens [window, d], a window of an image of rows x columns tokens; the box lies inside of it
-    // -> out [16 box rows, 16 box columns]
-    void run(const float* tokens, const TokenBox& window, std::int64_t rows, std::int64_t columns, const TokenBox& box,
+    // tokens [rows * columns, d] -> out [16 box rows, 16 box columns]
+    void run(const float* tokens, std::int64_t rows, std::int64_t columns, const TokenBox& box,
              const EdgeMaps (&edges)[4], float* out) const;
 
     std::int64_t outputs(int stage) const { return widths_[stage + 1]; }

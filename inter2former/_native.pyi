@@ -74,8 +74,6 @@ class Decoder:
         sines: npt.NDArray[np.float32],
         state: npt.NDArray[np.uint8],
         box: tuple[int, int, int, int] | None = None,
-        constant_is_edge: bool | None = None,
-        window: tuple[int, int, int, int] | None = None,
     ) -> tuple[npt.NDArray[np.float32], tuple[int, int, int, int], npt.NDArray[np.float32]]: ...
     @property
     def isa(self) -> str: ...
@@ -93,6 +91,22 @@ class Convolution:
         silu: bool = False,
     ) -> tuple[npt.NDArray[np.float32], float, float]:
         """Result [H, W, D], its sum, the sum of its squares."""
+    @property
+    def isa(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+
+class Outline:
+    def __init__(
+        self,
+        layers: Sequence[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]],
+        down: Sequence[int],
+        up: Sequence[int],
+        isa: str = "auto",
+    ) -> None:
+        """Weight and bias of each convolution, in the order of csrc/outline.h; units at each stride."""
+    def forward(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """x [C, h, w] -> [h, w]."""
     @property
     def isa(self) -> str: ...
     @property

@@ -66,9 +66,11 @@ class ModelConfig:
     walk_trust: float = 0.0
     # Channels of what learns how freely one walks (nn/affinity.py); 0: colours say so.
     affinity_width: int = 0
-    # Masks are found at this T at most; where a larger one is asked for, the outlines of what was found are drawn again
-    # there. 0: masks are found at every T, as released.
+    # Masks are found at this T at most, and spread over a larger one that is asked for. 0: at every T.
     coarse_size: int = 0
+    # Channels of the network that draws outlines again, in the picture at T (nn/outline.py), at strides 2, 4, 8 and 16.
+    # Empty: they stay as they were found.
+    outline_widths: tuple[int, ...] = ()
     auto_sizes: tuple[int, ...] = (512, 768, 1024, 1536, 2048)  # what T="auto" may choose
     level_weights: tuple[float, ...] = ()  # of where logits are cut, see level.py; without: at 0
     score_weights: tuple[float, ...] = ()  # of the predicted IoU, see score.py; without: what the probabilities promise
@@ -109,6 +111,16 @@ class ModelConfig:
                 and self.coarse_size % 256 == 0
                 and (self.coarse_size == 0 or self.input_convention == "fit"),
                 "coarse_size must be a multiple of 256, and only 'fit' shows the same picture at every size",
+            ),
+            (
+                not self.outline_widths
+                or (
+                    len(self.outline_widths) == 4
+                    and min(self.outline_widths) > 0
+                    and max(self.outline_widths) <= 1024
+                    and self.input_convention == "fit"
+                ),
+                "outline_widths must be none or four widths up to 1024, and need input_convention 'fit'",
             ),
             (self.window % 2 == 0 and self.window > 0, "window must be even"),
             (self.anchor_size > 0 and self.anchor_size % 16 == 0, "anchor_size must be a multiple of 16 pixels"),

@@ -324,14 +324,19 @@ class Frame:
             raise ImageError(f"The image is {list(rgb.shape)}, the frame expects {[self.height, self.width, 3]}.")
         return self._prepare_fit(rgb) if self.convention == "fit" else self._prepare_released(rgb)
 
+    def picture(self, rgb: UInt8) -> UInt8:
+        """uint8 [H, W, 3] to uint8 [rows, columns, 3]: what a "fit" frame shows of the image, see `valid`."""
+        rows, columns = self.valid
+        if (rows, columns) == rgb.shape[:2]:
+            return rgb
+        shrinks = self.scale < 1
+        how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        return cv2.resize(rgb, (columns, rows), interpolation=how).astype(np.uint8, copy=False)
+
     def _prepare_fit(self, rgb: UInt8) -> torch.Tensor:
         rows, columns = self.valid
-        if (rows, columns) != rgb.shape[:2]:
-            shrinks = self.scale < 1
-            how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-            rgb = cv2.resize(rgb, (columns, rows), interpolation=how).astype(np.uint8, copy=False)
         out = torch.zeros(3, self.size, self.size)
-        out[:, :rows, :columns] = _normalised(rgb)
+        out[:, :rows, :columns] = _normalised(self.picture(rgb))
         return out
 
     def _prepare_released(self, rgb: UInt8) -> torch.Tensor:

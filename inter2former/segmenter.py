@@ -10,7 +10,8 @@ How a mask is made (paper 3.3, and the click loop of the released implementation
     mask = (logits of the last decoder pass, resized to the image) > 0, then every click is kept
 
 A box or an initial mask without clicks is decoded once as it is. Above the configuration's coarse size masks are found
-at that size, and at T their outlines alone are drawn again. Where the configuration says so, a random walk goes over
+at that size. Where there is a network for it, outlines of what is shown are drawn again, in the picture at T
+(refinement.py). Where the configuration says so, a random walk goes over
 the photo from each pass's logits (random_walk.py), they are cut where that suits them best (level.py), small islands
 that nobody clicked are left out, a late click changes its surroundings alone, and in what is shown of the last pass
 small holes are filled and outlines in large photos are smoothed. Each step depends on the one before and on nothing
@@ -39,7 +40,6 @@ import torch
 
 from inter2former import level, random_walk, reference_mask, refinement, score
 from inter2former.checkpoints import STARTER, load_checkpoint
-from inter2former.config import EdgeRule
 from inter2former.errors import ConfigError, Inter2FormerError, NumericError, PromptError
 from inter2former.images import MAX_PIXELS, OUTSIDE, Frame, as_rgb, choose_size, image_key
 from inter2former.nn.layers import rope_tables
@@ -338,7 +338,7 @@ class Segmenter:
 
     @property
     def encodes(self) -> int:
-        """How often the image encoder has run; for outlines at a larger T it does not."""
+        """How often the image encoder has run."""
         return self._encodes
 
     def cache_info(self) -> CacheInfo:
@@ -393,8 +393,10 @@ class Segmenter:
         if info is None:
             return False
         frame = self._frame(info, model_size)
-        sizes = {frame.size, self._coarse(frame).size}
-        return all(self._cache.get(("encoding", info.key, size)) is not None for size in sizes)
+        kept = [("encoding", info.key, self._coarse(frame).size)]
+        if self._outlines:
+            kept.append(("picture", info.key, frame.size))
+        return all(self._cache.get(key) is not None for key in kept)
 
     # -- work --------------------------------------------------------------------------------------------------------
 
@@ -408,7 +410,8 @@ class Segmenter:
         pixels = _Pixels(self, image, _Clock())
         frame = self._frame(pixels.info, model_size)
         self._encoding(pixels, self._coarse(frame))
-        self._encoding(pixels, frame)
+        if self._outlines:
+            self._picture(pixels, frame)
         return pixels.info.key
 
     def segment(
@@ -454,15 +457,14 @@ class Segmenter:
         state, encoded, found = None, False, None
         at = _clicks_in(coarse, clicks)
         if any(click.positive for click in clicks) or box is not None or start.mask is not None:
-            state, encoding, encoded = self._run(pixels, coarse, start, [[click] for click in at] or [[]])
+            state, encoded = self._run(pixels, coarse, start, [[click] for click in at] or [[]])
             with clock("resize"):
                 found = state.found
                 if self.config.island_share:
                     refused = start.said(coarse.size, at, inside=False)
                     found = found.without_small(HOLE * self.config.island_share, refused, inside=False)
-            if coarse is not frame:
-                found, drawn = self._refined(pixels, found, encoding, coarse, frame, _clicks_in(frame, clicks))
-                encoded |= drawn
+            if coarse is not frame or self._outlines:
+                found = self._drawn(pixels, found, coarse, frame, _clicks_in(frame, clicks))
 
         with clock("resize"):
             if found is None:
@@ -495,10 +497,10 @@ class Segmenter:
 
     def _run(
         self, pixels: _Pixels, frame: Frame, start: _Start, groups: Sequence[Sequence[ModelClick]]
-    ) -> tuple[_State, ImageEncoding | None, bool]:
+    ) -> tuple[_State, bool]:
         """All steps from the start, one group of clicks each; what is known already is not computed again.
 
-        returns  what is known after the last one, the image's encoding if it was needed, and whether it was made now
+        returns  what is known after the last one, and whether the image was encoded now
         """
         # A chain of digests: 16 bytes name the image, T, the start and every click so far.
         keys: list[bytes] = []
@@ -526,7 +528,7 @@ class Segmenter:
             with pixels.clock("click"):
                 state = self._cache.get_or_make(keys[n], functools.partial(step, state, groups[: n + 1]))
         assert state is not None  # there is at least one group
-        return state, encoding, encoded
+        return state, encoded
 
     def _step(
         self,
@@ -577,27 +579,40 @@ class Segmenter:
             return 0.0
         return level.choose(at_levels(found, encoding, clicks, previous, frame), self.config.level_weights)
 
-    def _refined(
-        self,
-        pixels: _Pixels,
-        found: _Found,
-        coarse_encoding: ImageEncoding | None,
-        coarse: Frame,
-        frame: Frame,
-        clicks: Sequence[ModelClick],
-    ) -> tuple[_Found | None, bool]:
-        """What was found in the coarse frame, its outlines drawn in the larger one (refinement.py), where the clicks
-        are; None for nothing. And whether the larger one had to be encoded."""
+    def _drawn(
+        self, pixels: _Pixels, found: _Found, coarse: Frame, frame: Frame, clicks: Sequence[ModelClick]
+    ) -> _Found | None:
+        """What was found in the coarse frame, in the one at T, and where there is a network for it with outlines drawn
+        again; None for nothing."""
         with pixels.clock("click"):
             spread = refinement.spread(found.inside, found.box, coarse, frame)
             if spread is None:
-                return None, False
-            encoding, made = self._encoding(pixels, frame, coarse_encoding)
-            told = reference_mask.paint_clicks(spread.reference(frame.size), clicks, self.config.click_radius)
-            with self._first():
-                # Inside of the outline, and far from it, nothing is left to be found.
-                fine = self._decode(encoding, told, "exact", spread.window(frame.size))
-            return _Found(spread.drawn(fine.inside, fine.box), spread.box), made
+                return None
+            if self._outlines:
+                seen = refinement.look(spread, self._picture(pixels, frame), clicks)
+                if self._native_decoder() is None:
+                    change = compute.run(lambda: self._model.draw(seen))
+                else:
+                    with self._first():
+                        change = self._model.draw(seen)
+                if not np.isfinite(change).all():
+                    raise NumericError("The outline network's values are not finite.", "The weights may be damaged.")
+                spread = refinement.drawn(spread, change)
+            return _Found(*spread)
+
+    @property
+    def _outlines(self) -> bool:
+        return bool(self.config.outline_widths)
+
+    def _picture(self, pixels: _Pixels, frame: Frame) -> UInt8:
+        """What the frame shows of the image, uint8 [rows, columns, 3]; from the cache, or made now."""
+
+        def make() -> UInt8:
+            rgb = pixels.rgb()
+            with pixels.clock("prepare"):
+                return frame.picture(rgb)
+
+        return self._cache.get_or_make(("picture", pixels.info.key, frame.size), make)
 
     def _coarse(self, frame: Frame) -> Frame:
         """The frame in which masks are found: itself unless the configuration names a smaller one."""
@@ -610,10 +625,8 @@ class Segmenter:
             size = choose_size(info.height, info.width, self.config.auto_sizes)
         return Frame(info.height, info.width, size, self.config.input_convention)
 
-    def _encoding(
-        self, pixels: _Pixels, frame: Frame, coarse: ImageEncoding | None = None
-    ) -> tuple[ImageEncoding, bool]:
-        """From the cache, or made now; the second value says which. `coarse`: that of the coarse frame, if at hand."""
+    def _encoding(self, pixels: _Pixels, frame: Frame) -> tuple[ImageEncoding, bool]:
+        """From the cache, or made now; the second value says which."""
         made = False
 
         def make() -> ImageEncoding:
@@ -626,10 +639,8 @@ class Segmenter:
             rgb = pixels.rgb()
             with pixels.clock("prepare"):
                 image = compute.run(lambda: frame.prepare(rgb))
-            smaller = self._coarse(frame)
-            known_coarse = coarse if coarse is not None or smaller is frame else self._encoding(pixels, smaller)[0]
             with pixels.clock("encode"):
-                encoding = compute.run(lambda: self._encode(image, frame, known_coarse), aside_s=ASIDE_S)
+                encoding = compute.run(lambda: self._encode(image, frame), aside_s=ASIDE_S)
             if self._on_disk is not None:
                 self._on_disk.store(name, encoding)
             return encoding
@@ -639,17 +650,13 @@ class Segmenter:
         return encoding, made
 
     @torch.inference_mode()
-    def _encode(self, image: torch.Tensor, frame: Frame, coarse: ImageEncoding | None = None) -> ImageEncoding:
-        """At the size where masks are found; or, with that encoding, at a larger one for their outlines."""
-        if coarse is None:
-            encoding = self._model.encode(image)
-            if self.config.walk_trust:
-                links = self._links(image, encoding, frame)
-                encoding = encoding._replace(links=torch.from_numpy(links))
-            with self._counter:
-                self._encodes += 1
-        else:
-            encoding = self._model.encode_finer(image, coarse)
+    def _encode(self, image: torch.Tensor, frame: Frame) -> ImageEncoding:
+        encoding = self._model.encode(image)
+        if self.config.walk_trust:
+            links = self._links(image, encoding, frame)
+            encoding = encoding._replace(links=torch.from_numpy(links))
+        with self._counter:
+            self._encodes += 1
         # A sum is finite when all its parts are, and costs one pass over the memory.
         if not all(math.isfinite(float(part.sum())) for part in (encoding.tokens, *encoding.edges)):
             raise NumericError("The image encoding is not finite.", "The weights may be damaged.")
@@ -673,28 +680,20 @@ class Segmenter:
         """Encodes stand aside for what runs inside. In PyTorch a click would wait behind the very encode that does."""
         return contextlib.nullcontext() if self._native_decoder() is None else compute.first()
 
-    def _decode(
-        self,
-        encoding: ImageEncoding,
-        reference: UInt8,
-        edge_rule: EdgeRule | None = None,
-        window: TokenBox | None = None,
-    ) -> _Found:
+    def _decode(self, encoding: ImageEncoding, reference: UInt8) -> _Found:
         """One pass, see Inter2Former.decode. The native one runs where it is called: no click waits for an encode."""
         native_decoder = self._native_decoder()
         if native_decoder is not None:
-            inside, box, low = native_decoder.click(encoding, reference, edge_rule=edge_rule, window=window)
+            inside, box, low = native_decoder.click(encoding, reference)
         else:
-            inside, box, low = compute.run(lambda: self._decode_in_torch(encoding, reference, edge_rule, window))
+            inside, box, low = compute.run(lambda: self._decode_in_torch(encoding, reference))
         if not (np.isfinite(inside).all() and np.isfinite(low).all()):
             raise NumericError("The network's logits are not finite.", "The weights may be damaged.")
         return _Found(inside, box)
 
     @torch.inference_mode()
-    def _decode_in_torch(
-        self, encoding: ImageEncoding, reference: UInt8, edge_rule: EdgeRule | None, window: TokenBox | None
-    ) -> tuple[Float32, TokenBox, Float32]:
-        decoded = self._model.decode(encoding, reference, edge_rule, window)
+    def _decode_in_torch(self, encoding: ImageEncoding, reference: UInt8) -> tuple[Float32, TokenBox, Float32]:
+        decoded = self._model.decode(encoding, reference)
         left, top, right, bottom = (_TOKEN * side for side in decoded.box)
         return decoded.logits[top:bottom, left:right].numpy().copy(), decoded.box, decoded.low.numpy()
 

@@ -15,6 +15,7 @@ from train.affinity import command as affinity
 from train.calibrate import command as calibrate
 from train.distill import command as distill
 from train.finetune import finetune
+from train.outline import command as outline
 from train.slim import command as slim
 from train.soup import command as soup
 
@@ -97,6 +98,7 @@ def teacher(
 app.command()(finetune)
 app.command("distill")(distill)
 app.command("affinity")(affinity)
+app.command("outline")(outline)
 app.command("calibrate")(calibrate)
 app.command("slim")(slim)
 app.command("soup")(soup)

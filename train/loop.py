@@ -141,6 +141,8 @@ class Trainer:
         self.model = model.to(device)
         if self.model.affinity is not None:
             self.model.affinity.requires_grad_(False)  # has a fit of its own: train affinity
+        if self.model.outline is not None:
+            self.model.outline.requires_grad_(False)  # and so has this: train outline
         torch.manual_seed(config.seed + 1)
         self.head = losses.DenseHead(model.config).to(device)
         self.average = Average(self.model, config.ema)

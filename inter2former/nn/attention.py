@@ -74,12 +74,6 @@ def _spread(labels: Tensor, extreme: Callable[[Tensor, Tensor], Tensor], outside
     return labels
 
 
-def part_of(rows: Tensor, size_hw: tuple[int, int], window: tuple[int, int, int, int]) -> Tensor:
-    """The rows [h * w, ..] of a grid that lie in a window (left, top, right, bottom) of it, in the same order."""
-    left, top, right, bottom = window
-    return rows.unflatten(0, size_hw)[top:bottom, left:right].flatten(0, 1)
-
-
 class HybridAttention(nn.Module):
     """One head for both kinds of attention; the projections are shared (paper Eq. 5-8)."""
 
@@ -95,24 +89,21 @@ class HybridAttention(nn.Module):
         self._code_table: Tensor | None = None
 
     # -- use ---------------------------------------------------------------------------------------------------
-    def decode(
-        self, x: Tensor, size_hw: tuple[int, int], edge: Tensor, window: tuple[int, int, int, int] | None = None
-    ) -> Tensor:
-        """x [N, d] after the norm, edge bool [N] -> [N, d]; N tokens of the whole grid, or of a window of it."""
+    def decode(self, x: Tensor, size_hw: tuple[int, int], edge: Tensor) -> Tensor:
+        """x [N, d] after the norm, edge bool [N] -> [N, d]."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         rest = ~edge
         out = torch.empty_like(q)
         if edge.any():
-            tables = rope_tables(*size_hw, k.shape[-1], k.device, self.span)
-            cos, sin = tables if window is None else (part_of(table, size_hw, window) for table in tables)
-            out[edge] = self.full(q[edge], k, v, cos, sin, edge)
+            out[edge] = self.full(q[edge], k, v, size_hw, edge)
         if rest.any():
             out[rest] = self.bsq(q[rest], k, v)
         result: Tensor = self.proj(out)
         return result
 
-    def full(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, queries: Tensor) -> Tensor:
-        """Attention with rotary positions [N, a / 2]: q [E, a] at the True places of queries [N]; k, v [N, a]."""
+    def full(self, q: Tensor, k: Tensor, v: Tensor, size_hw: tuple[int, int], queries: Tensor) -> Tensor:
+        """Attention with rotary positions: q [E, a] at the True places of queries [N]; k, v [N, a]."""
+        cos, sin = rope_tables(*size_hw, k.shape[-1], k.device, self.span)
         q = rotate(q, cos[queries], sin[queries])
         k = rotate(k, cos, sin)
         return F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None], scale=self.scale)[0, 0]

@@ -12,17 +12,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from inter2former import random_walk
-from inter2former.config import EdgeRule, ModelConfig
+from inter2former.config import ModelConfig
 from inter2former.nn.affinity import Affinity
 from inter2former.nn.attention import HybridAttention, edge_tokens, edge_tokens_batch
 from inter2former.nn.canny import CannyMaps, CannyNet, canny
 from inter2former.nn.encoder import Encoder
 from inter2former.nn.experts import HybridExperts
+from inter2former.nn.outline import Outline
 from inter2former.nn.prompt_embedding import PixelBox, PromptEmbedding, prompt_box, prompt_box_mask, scatter
-from inter2former.nn.upsampling import FILL, TokenBox, Upsampling, crop_edges
+from inter2former.nn.upsampling import TokenBox, Upsampling
 
 
 class Features(NamedTuple):
@@ -41,13 +41,6 @@ class Features(NamedTuple):
 
 
 ImageEncoding = Features
-
-
-class Part(NamedTuple):
-    """Tokens that are not a whole image: rows and columns of its grid, and which window of it they are."""
-
-    grid: tuple[int, int]
-    window: TokenBox
 
 
 class Decoded(NamedTuple):
@@ -76,9 +69,9 @@ class DecoderBlock(nn.Module):
         self.norm2 = nn.LayerNorm(config.embed_dim)
         self.experts = HybridExperts(config)
 
-    def decode(self, x: Tensor, size_hw: tuple[int, int], edge: Tensor, window: TokenBox | None = None) -> Tensor:
+    def decode(self, x: Tensor, size_hw: tuple[int, int], edge: Tensor) -> Tensor:
         """x [N, d], edge bool [N] -> [N, d]."""
-        x = x + self.attention.decode(self.norm1(x), size_hw, edge, window)
+        x = x + self.attention.decode(self.norm1(x), size_hw, edge)
         out: Tensor = x + self.experts(self.norm2(x), edge)
         return out
 
@@ -106,6 +99,7 @@ class Inter2Former(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_blocks))
         self.upsampling = Upsampling(config)
         self.affinity = Affinity(config) if config.affinity_width else None
+        self.outline = Outline(config.outline_widths) if config.outline_widths else None
         self.find_edge_tokens = edge_tokens  # a runtime may put its faster twin here
 
     # -- once an image -----------------------------------------------------------------------------------------
@@ -135,19 +129,6 @@ class Inter2Former(nn.Module):
         tokens, stem = self.encoder(image)
         return Features(tokens, self._edges(image, maps, stem))
 
-    def encode_finer(self, image: Tensor, coarse: ImageEncoding) -> ImageEncoding:
-        """The image at a larger T, for outlines: its own edge features, and the coarse tokens spread over it."""
-        with torch.inference_mode():
-            features = self.finer_features(image.unsqueeze(0), coarse.tokens)
-            return Features(features.tokens.contiguous(), [e.float().contiguous() for e in features.edges])
-
-    def finer_features(self, image: Tensor, tokens: Tensor) -> Features:
-        """image [B, 3, T, T] and the tokens [B, d, n, n] of the same picture in a smaller one."""
-        _, stem = self.encoder.stem(image)
-        side = image.shape[-1] // self.config.patch
-        spread = F.interpolate(tokens, (side, side), mode="bilinear", align_corners=False)
-        return Features(spread, self._edges(image, canny(image.float()), stem))
-
     def _edges(self, image: Tensor, maps: CannyMaps, stem: list[Tensor]) -> list[Tensor]:
         edges: list[Tensor] = self.canny_net(maps, image)
         for index, skip in enumerate(self.skips):  # stem: fine to coarse at strides 2, 4, 8; edges: coarse to fine
@@ -155,44 +136,13 @@ class Inter2Former(nn.Module):
         return edges
 
     # -- each click --------------------------------------------------------------------------------------------
-    def decode(
-        self,
-        encoding: ImageEncoding,
-        reference: npt.NDArray[np.uint8] | Tensor,
-        edge_rule: EdgeRule | None = None,
-        window: TokenBox | None = None,
-    ) -> Decoded:
-        """One decoder pass on the reference mask, uint8 [T, T].
-
-        edge_rule   None: the configuration's
-        window      tokens: of the image nothing else is looked at; low logits are those of the window
-        """
+    def decode(self, encoding: ImageEncoding, reference: npt.NDArray[np.uint8] | Tensor) -> Decoded:
+        """One decoder pass on the reference mask, uint8 [T, T]."""
         labels = reference.numpy() if isinstance(reference, Tensor) else reference
         with torch.inference_mode():
-            if window is None:
-                return self._decode(encoding, labels, edge_rule or self.config.edge_rule, None)
-            left, top, right, bottom = window
-            found = self._decode(
-                Features(encoding.tokens[:, :, top:bottom, left:right], crop_edges(encoding.edges, window)),
-                labels[16 * top : 16 * bottom, 16 * left : 16 * right],
-                edge_rule or self.config.edge_rule,
-                Part((encoding.tokens.shape[-2], encoding.tokens.shape[-1]), window),
-            )
-            logits = torch.full(labels.shape, FILL)
-            logits[16 * top : 16 * bottom, 16 * left : 16 * right] = found.logits
-            x0, y0, x1, y1 = found.box
-            return Decoded(logits, (left + x0, top + y0, left + x1, top + y1), found.low)
-
-    def _decode(
-        self,
-        encoding: ImageEncoding,
-        labels: npt.NDArray[np.uint8],
-        rule: EdgeRule,
-        part: Part | None,
-    ) -> Decoded:
-        box = prompt_box(labels)
-        edge = torch.from_numpy(self.find_edge_tokens(labels, box, rule)).flatten()
-        return self.decode_tokens(encoding, self.prompted(encoding, labels, box), edge, part)
+            box = prompt_box(labels)
+            edge = torch.from_numpy(self.find_edge_tokens(labels, box, self.config.edge_rule)).flatten()
+            return self.decode_tokens(encoding, self.prompted(encoding, labels, box), edge)
 
     def prompted(self, encoding: ImageEncoding, labels: npt.NDArray[np.uint8], box: PixelBox) -> Tensor:
         """Image tokens plus prompt embedding, [N, d]."""
@@ -202,19 +152,22 @@ class Inter2Former(nn.Module):
         x = encoding.tokens + scatter(crop, self.prompt.background(), box, (h, w))
         return x[0].flatten(1).t()
 
-    def decode_tokens(
-        self,
-        encoding: ImageEncoding,
-        x: Tensor,
-        edge: Tensor,
-        part: Part | None = None,
-    ) -> Decoded:
+    def decode_tokens(self, encoding: ImageEncoding, x: Tensor, edge: Tensor) -> Decoded:
         """Blocks and upsampling on prompted tokens [N, d]."""
         h, w = encoding.tokens.shape[-2:]
-        grid, window = part or ((h, w), None)
         for block in self.blocks:
-            x = block.decode(x, grid, edge, window)  # type: ignore[operator]
+            x = block.decode(x, (h, w), edge)  # type: ignore[operator]
         return Decoded(*self.upsampling.decode(x.t().unflatten(1, (h, w)).unsqueeze(0), encoding.edges))
+
+    def draw(self, seen: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """What the outline network adds to the logits of a crop: float32 [CHANNELS, h, w] -> [h, w]; see refinement.py.
+
+        For a model that has one.
+        """
+        assert self.outline is not None
+        with torch.inference_mode():
+            change: npt.NDArray[np.float32] = self.outline(torch.from_numpy(seen)[None])[0].numpy()
+        return change
 
     # -- training ----------------------------------------------------------------------------------------------
     def decode_batch(self, features: Features, reference: Tensor) -> TrainOutput:

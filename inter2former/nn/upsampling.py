@@ -31,12 +31,6 @@ class UpStage(nn.Module):
         return out
 
 
-def crop_edges(edges: list[Tensor], box: TokenBox) -> list[Tensor]:
-    """Edge features, coarse to fine, inside a box of tokens."""
-    left, top, right, bottom = box
-    return [e[:, :, (s := 2 << j) * top : s * bottom, s * left : s * right] for j, e in enumerate(edges)]
-
-
 class Upsampling(nn.Module):
     """Tokens and edge features -> logits."""
 
@@ -75,7 +69,10 @@ class Upsampling(nn.Module):
         """One image, tokens [1, d, n, n] -> (logits [T, T], box, low logits [n, n])."""
         low = self.low_logits(tokens)[0]
         left, top, right, bottom = box = self.box(low)
-        crops = [e.to(tokens.dtype) for e in crop_edges(edges, box)]
+        crops = [
+            e[:, :, (s := 2 << j) * top : s * bottom, s * left : s * right].to(tokens.dtype)
+            for j, e in enumerate(edges)
+        ]
         inside = self.up(tokens[:, :, top:bottom, left:right], crops)[0]
         logits = inside.new_full((16 * low.shape[0], 16 * low.shape[1]), FILL)
         logits[16 * top : 16 * bottom, 16 * left : 16 * right] = inside

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from inter2former.config import EdgeRule, ModelConfig
+from inter2former.config import ModelConfig
 from inter2former.nn.layers import rope_tables
 from inter2former.nn.model import Decoded, Features, Inter2Former
 from inter2former.nn.upsampling import FILL, TokenBox
@@ -80,7 +80,7 @@ class FusedDecoder:
         config = model.config
         self._span = config.position_span
         self._attention_dim = config.attention_dim
-        self._encode_batch, self._finer_features, self._links = model.encode_batch, model.finer_features, model.links
+        self._encode_batch, self._links = model.encode_batch, model.links
         self._kernels = [model.get_parameter(f"upsampling.stages.{index}.conv.weight") for index in range(4)]
         self._native = native.Decoder(_weights(model), _sizes(config), isa, precision)
 
@@ -110,18 +110,11 @@ class FusedDecoder:
             features = self._encode_batch(image.unsqueeze(0))
             return self.compact(features)._replace(links=self._links(features, image.unsqueeze(0))[0])
 
-    def encode_finer(self, image: Tensor, coarse: CompactEncoding) -> CompactEncoding:
-        """As Inter2Former.encode_finer."""
-        with torch.inference_mode():
-            return self.compact(self._finer_features(image.unsqueeze(0), coarse.tokens.permute(2, 0, 1).unsqueeze(0)))
-
     def click(
         self,
         encoding: CompactEncoding | Features,
         reference: npt.NDArray[np.uint8] | Tensor,
         box: TokenBox | None = None,
-        edge_rule: EdgeRule | None = None,
-        window: TokenBox | None = None,
     ) -> Click:
         """One decoder pass, see Inter2Former.decode; `box`: upsample there, wherever the object is."""
         image = encoding if isinstance(encoding, CompactEncoding) else self.compact(encoding, exact=True)
@@ -137,8 +130,6 @@ class FusedDecoder:
             sin.numpy(),
             labels,
             box,
-            None if edge_rule is None else edge_rule == "released",
-            window,
         )
         return Click(inside, found, low)
 
@@ -146,11 +137,9 @@ class FusedDecoder:
         self,
         encoding: CompactEncoding | Features,
         reference: npt.NDArray[np.uint8] | Tensor,
-        edge_rule: EdgeRule | None = None,
-        window: TokenBox | None = None,
     ) -> Decoded:
         """As Inter2Former.decode."""
-        inside, box, low = self.click(encoding, reference, edge_rule=edge_rule, window=window)
+        inside, box, low = self.click(encoding, reference)
         left, top, right, bottom = (16 * side for side in box)
         logits = torch.full(tuple(reference.shape), FILL)
         logits[top:bottom, left:right] = torch.from_numpy(inside)

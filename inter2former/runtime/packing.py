@@ -24,6 +24,7 @@ from inter2former.nn.model import Inter2Former
 from inter2former.runtime import compute, native
 from inter2former.runtime.convolution import GroupAffine, NativeStage, NativeUnit, means
 from inter2former.runtime.decoder import FusedDecoder
+from inter2former.runtime.outline import NativeOutline
 from inter2former.runtime.rounding import with_rounded_products
 
 _LOG = logging.getLogger(__name__)
@@ -191,7 +192,8 @@ def pack(model: Inter2Former, precision: native.Precision = "float32") -> Inter2
         if compiled is not None:
             fused = FusedDecoder(model, compiled, precision=precision)
             model.encode, model.decode = fused.encode, fused.decode  # type: ignore[method-assign, assignment]
-            model.encode_finer = fused.encode_finer  # type: ignore[method-assign, assignment]
+            if model.outline is not None:
+                model.draw = NativeOutline(model.outline, compiled)  # type: ignore[method-assign, assignment]
         if packed_linear_works():
             for block in model.encoder.modules():
                 if isinstance(block, Block):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from inter2former.nn.attention import HybridAttention
 from inter2former.nn.experts import HybridExperts
-from inter2former.nn.layers import rotate
+from inter2former.nn.layers import rope_tables, rotate
 from inter2former.nn.model import Inter2Former
 from inter2former.nn.upsampling import UpStage
 
@@ -69,8 +69,9 @@ def _round_attention(attention: HybridAttention) -> None:
 
 
 def _full(
-    attention: HybridAttention, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, queries: Tensor
+    attention: HybridAttention, q: Tensor, k: Tensor, v: Tensor, size_hw: tuple[int, int], queries: Tensor
 ) -> Tensor:
+    cos, sin = rope_tables(*size_hw, k.shape[-1], k.device, attention.span)
     scores = rounded(rotate(q, cos[queries], sin[queries])) @ rounded(rotate(k, cos, sin)).t()
     weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
     return rounded(weights) @ rounded(v) / weights.sum(-1, keepdim=True)

@@ -15,7 +15,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from inter2former import _native, reference_mask
-from inter2former.config import EdgeRule, ModelConfig, base, small, tiny
+from inter2former.config import ModelConfig, base, small, tiny
 from inter2former.nn.model import Features, Inter2Former
 from inter2former.runtime.decoder import FusedDecoder
 from tests.native.support import PATHS
@@ -125,28 +125,6 @@ def test_r31_the_released_widths_agree() -> None:
 def test_r31_crops_at_every_border(isa: str, box: tuple[int, int, int, int]) -> None:
     model = make_model(tiny())
     assert_agrees(model, isa, make_features(model.config, 128), session(128, 2, 2)[1], box)
-
-
-@pytest.mark.parametrize("isa", PATHS)
-@pytest.mark.parametrize("rule", ["exact", "released", None])
-@pytest.mark.parametrize("window", [(0, 0, 8, 8), (0, 0, 1, 1), (3, 0, 4, 8), (2, 1, 7, 8), (5, 2, 8, 4)])
-def test_r31_windows_and_edge_rules(isa: str, rule: EdgeRule | None, window: tuple[int, int, int, int]) -> None:
-    """Nothing outside of a window is looked at, positions stay those of the image."""
-    model = make_model(dataclasses.replace(tiny(), position_span=5))
-    features = make_features(model.config, 128)
-    reference = session(128, 4, 2)[1]
-    want = model.decode(features, reference, rule, window)
-    got = FusedDecoder(model, _native, isa).click(features, reference, edge_rule=rule, window=window)
-    left, top, right, bottom = window
-    assert got.low.shape == want.low.shape == (bottom - top, right - left)
-    np.testing.assert_allclose(got.low, want.low.numpy(), atol=1e-5)
-    assert got.box == want.box
-    x0, y0, x1, y1 = (16 * side for side in want.box)
-    np.testing.assert_allclose(got.inside, want.logits[y0:y1, x0:x1].numpy(), atol=1e-4)
-    outside = features.tokens.clone()
-    outside[:, :, top:bottom, left:right] = torch.nan
-    blind = features._replace(tokens=torch.where(outside.isnan(), features.tokens, torch.nan))
-    assert torch.equal(model.decode(blind, reference, rule, window).logits, want.logits)
 
 
 @pytest.mark.parametrize("isa", PATHS)
@@ -314,21 +292,12 @@ def arguments() -> dict[str, Any]:
         ("box", (0, 0, 0, 4), ValueError, "box"),
         ("box", (0, 0, 4, 5), ValueError, "box"),
         ("box", (-1, 0, 4, 4), ValueError, "box"),
-        ("window", (0, 0, 0, 4), ValueError, "window"),
-        ("window", (0, 0, 4, 5), ValueError, "window"),
-        ("window", (0, -1, 4, 4), ValueError, "window"),
     ],
 )
 def test_r33_bad_arguments_raise(name: str, value: Any, error: type[Exception], text: str) -> None:
     decoder = FusedDecoder(make_model(tiny()), _native)._native
     with pytest.raises(error, match=text):
         decoder.decode(**{**arguments(), name: value})
-
-
-def test_r33_a_box_outside_of_the_window_raises() -> None:
-    decoder = FusedDecoder(make_model(tiny()), _native)._native
-    with pytest.raises(ValueError, match="box"):
-        decoder.decode(**arguments(), window=(1, 1, 3, 3), box=(0, 1, 2, 2))
 
 
 def test_r33_bad_weights_raise() -> None:

@@ -1,17 +1,15 @@
-"""Spreading what was found over a larger frame, and where the finer logits decide."""
+"""Spreading what was found over a larger frame, what the outline network looks at there, and what it adds."""
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inter2former import refinement
-from inter2former.images import OUTSIDE, Frame
-from inter2former.reference_mask import from_mask
-from inter2former.refinement import MARGIN, REACH, Float32, TokenBox, spread
+from inter2former.images import MEAN, OUTSIDE, STD, Frame
+from inter2former.nn.outline import CHANNELS, LOGITS, SCALE
+from inter2former.refinement import SIDE, SURE, Float32, Spread, TokenBox, drawn, look, spread
 
 
 def disc(frame: Frame, y: float, x: float, radius: float) -> tuple[Float32, TokenBox]:
@@ -30,7 +28,7 @@ def disc(frame: Frame, y: float, x: float, radius: float) -> tuple[Float32, Toke
 @given(
     height=st.integers(40, 900),
     width=st.integers(40, 900),
-    sizes=st.sampled_from([(256, 512), (256, 768), (512, 768), (512, 1024), (256, 1280)]),
+    sizes=st.sampled_from([(256, 256), (512, 512), (256, 512), (256, 768), (512, 768), (512, 1024), (256, 1280)]),
     place=st.tuples(st.floats(0.1, 0.9), st.floats(0.1, 0.9)),
     share=st.floats(0.15, 0.6),
 )
@@ -43,42 +41,26 @@ def test_what_was_found_lies_where_it_lay(
     found, larger = spread(*disc(coarse, *where), coarse, frame), disc(frame, *where)
     assert found is not None
     (left, top, right, bottom), (x0, y0, x1, y1) = found.box, larger[1]
-    assert left <= x0
-    assert top <= y0
-    assert right >= min(x1, right)
-    assert bottom >= min(y1, bottom)
-    assert found.logits.shape == found.near.shape == (16 * (bottom - top), 16 * (right - left))
+    end = frame.size // 16
+    assert 0 <= left <= x0
+    assert 0 <= top <= y0
+    assert x1 <= right <= end
+    assert y1 <= bottom <= end
+    assert found.logits.shape == (16 * (bottom - top), 16 * (right - left))
     truth = np.zeros((frame.size, frame.size), bool)
     truth[16 * y0 : 16 * y1, 16 * x0 : 16 * x1] = larger[0] > 0
     mask = np.zeros(truth.shape, bool)
     mask[16 * top : 16 * bottom, 16 * left : 16 * right] = found.logits > 0
-    assert np.array_equal(found.reference(frame.size), from_mask(mask))
-    assert (mask & truth).sum() / (mask | truth).sum() > 0.9
-    # What differs lies close to the outline, and so does what the finer logits decide.
-    step = sizes[1] / sizes[0]
-    ring = cv2.morphologyEx(
-        np.pad(mask, 1).view(np.uint8), cv2.MORPH_GRADIENT, np.ones((2 * int(step * (REACH + 2)) + 3,) * 2, np.uint8)
-    )[1:-1, 1:-1]
-    assert (ring[16 * top : 16 * bottom, 16 * left : 16 * right][found.near] > 0).all()
+    overlap = (mask & truth).sum() / (mask | truth).sum()
+    assert overlap == 1 if sizes[0] == sizes[1] else overlap > 0.9
 
 
-def test_the_finer_logits_decide_near_the_outline_alone() -> None:
-    coarse, frame = Frame(100, 100, 256), Frame(100, 100, 512)
-    found = spread(*disc(coarse, 50, 50, 20), coarse, frame)
+def test_there_is_room_for_a_larger_object() -> None:
+    frame = Frame(512, 512, 512)
+    found = spread(np.full((160, 160), 5, np.float32), (11, 11, 21, 21), frame, frame)
     assert found is not None
-    left, _, right, bottom = found.box
-    assert 0.05 < found.near.mean() < 0.5
-    whole = (0, 0, 32, 32)
-    for value in (-7.0, 7.0):
-        drawn = found.drawn(np.full((512, 512), value, np.float32), whole)
-        assert (drawn[found.near] == value).all()
-        assert np.array_equal(drawn[~found.near], found.logits[~found.near])
-    part = (left + 1, 0, right + 1, bottom - 1)  # where the network drew nothing it is sure of background
-    drawn = found.drawn(np.full((16 * (bottom - 1), 16 * (right - left)), 3.0, np.float32), part)
-    assert (drawn[:-16, 16:][found.near[:-16, 16:]] == 3).all()
-    assert (drawn[:, :16][found.near[:, :16]] == OUTSIDE).all()
-    elsewhere = found.drawn(np.full((16, 16), 3.0, np.float32), (0, 0, 1, 1))
-    assert (elsewhere[found.near] == OUTSIDE).all()
+    assert found.box == (9, 9, 23, 23)  # an eighth of 160 pixels on each side, and whole tokens
+    assert found.logits[0, 0] == OUTSIDE
 
 
 def test_nothing_has_no_outline() -> None:
@@ -86,11 +68,65 @@ def test_nothing_has_no_outline() -> None:
     assert spread(np.full((32, 16), -1.0, np.float32), (1, 1, 2, 3), coarse, frame) is None
 
 
-@pytest.mark.parametrize(
-    ("box", "window"),
-    [((10, 8, 12, 9), (6, 4, 16, 13)), ((0, 1, 64, 2), (0, 0, 64, 6)), ((63, 63, 64, 64), (59, 59, 64, 64))],
+def patterned(rows: int, columns: int) -> np.ndarray:
+    picture = np.zeros((rows, columns, 3), np.uint8)
+    picture[..., 0] = np.arange(rows)[:, None] % 251
+    picture[..., 1] = np.arange(columns) % 241
+    return picture
+
+
+def test_an_object_as_large_as_a_crop_is_seen_pixel_by_pixel() -> None:
+    found = Spread(np.linspace(-90, 90, SIDE * 160, dtype=np.float32).reshape(SIDE, 160), (3, 2, 13, 18))
+    picture = patterned(300, 400)
+    seen = look(found, picture, [(40, 60, True), (90, 100, False), (900, 900, True)])
+    assert seen.shape == (CHANNELS, SIDE, 160)
+    colours = seen[:3].transpose(1, 2, 0) * np.array(STD) + np.array(MEAN)
+    assert np.allclose(colours, picture[32 : 32 + SIDE, 48:208], atol=1e-3)
+    assert np.allclose(seen[LOGITS] * SCALE, found.logits.clip(-SURE, SURE), atol=1e-5)
+    assert np.allclose(
+        np.log(seen[LOGITS + 1] / (1 - seen[LOGITS + 1]))[120:140], SCALE * seen[LOGITS][120:140], atol=1e-2
+    )
+    for channel, at in ((LOGITS + 2, (8, 12)), (LOGITS + 3, (58, 52))):
+        assert np.unravel_index(seen[channel].argmax(), seen[channel].shape) == at
+        assert seen[channel][at] == 1
+    change = np.ones((SIDE, 160), np.float32)
+    assert np.array_equal(drawn(found, change).logits, found.logits.clip(-SURE, SURE) + 1)
+    assert drawn(found, change).box == found.box
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    box=st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(1, 64), st.integers(1, 64)),
+    rows=st.integers(1, 1024),
+    columns=st.integers(1, 1024),
+    side=st.floats(150, 400),
 )
-def test_a_window_is_the_box_and_its_surroundings(box: TokenBox, window: TokenBox) -> None:
-    assert 1024 // 16 // MARGIN == 4
-    nothing = np.zeros((0, 0))
-    assert refinement.Spread(nothing.astype(np.float32), nothing.astype(bool), box).window(1024) == window
+def test_whatever_was_found_fits_the_network(box: TokenBox, rows: int, columns: int, side: float) -> None:
+    left, top, wide, high = box
+    right, bottom = min(left + wide, 64), min(top + high, 64)
+    found = Spread(np.full((16 * (bottom - top), 16 * (right - left)), 2, np.float32), (left, top, right, bottom))
+    seen = look(found, patterned(rows, columns), [(16 * top, 16 * left, True)], side)
+    h, w = seen.shape[1:]
+    assert h % 16 == w % 16 == 0
+    assert 16 <= min(h, w) <= max(h, w) <= side + 8
+    assert np.isfinite(seen).all()
+    assert seen[LOGITS + 2].max() > 0.5
+    changed = drawn(found, np.full((h, w), -3, np.float32))
+    assert changed.logits.shape == found.logits.shape
+    assert np.allclose(changed.logits, -1)
+
+
+def test_beyond_the_picture_there_is_nothing_to_be_seen() -> None:
+    found = Spread(np.full((64, 64), 1, np.float32), (0, 0, 4, 4))
+    seen = look(found, np.full((40, 30, 3), 255, np.uint8), [])  # twice as large in the crop
+    assert seen.shape[1:] == (128, 128)
+    assert (seen[:3, :80, :60] > 1).all()
+    assert not seen[:3, 80:].any()
+    assert not seen[:3, :, 60:].any()
+
+
+@pytest.mark.parametrize("positive", [True, False])
+def test_clicks_on_one_place_do_not_add_up(positive: bool) -> None:
+    found = Spread(np.full((64, 64), 1, np.float32), (0, 0, 4, 4))
+    once, twice = (look(found, patterned(64, 64), n * [(30, 31, positive)]) for n in (1, 2))
+    assert np.array_equal(once, twice)

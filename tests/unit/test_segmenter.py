@@ -761,41 +761,18 @@ def coarse_segmenter(**options: Any) -> Segmenter:
     return Segmenter(model, model_size=512, **options)
 
 
-def test_larger_sizes_draw_the_outlines_of_what_was_found(image: Image) -> None:
+def test_larger_sizes_show_what_was_found(image: Image) -> None:
     segmenter = coarse_segmenter()
     for n in range(1, len(CLICKS) + 1):
-        fine, found = segmenter.segment(image, CLICKS[:n]), segmenter.segment(image, CLICKS[:n], model_size=256)
-        assert (fine.model_size, found.model_size) == (512, 256)
-        assert fine.score == found.score
-        # 2 coarse pixels are 1.25 of the image's, and a side is known to half a pixel.
-        outline = cv2.morphologyEx(found.mask.view(np.uint8), cv2.MORPH_GRADIENT, np.ones((7, 7), np.uint8)) > 0
-        assert np.array_equal(fine.mask[~outline], found.mask[~outline])
-    assert not np.array_equal(fine.mask, found.mask)
+        large, found = segmenter.segment(image, CLICKS[:n]), segmenter.segment(image, CLICKS[:n], model_size=256)
+        assert (large.model_size, found.model_size) == (512, 256)
+        assert large.score == found.score
+        # A pixel of the smaller frame is 0.63 of the image's.
+        outline = cv2.morphologyEx(found.mask.view(np.uint8), cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
+        assert np.array_equal(large.mask[~outline], found.mask[~outline])
     assert segmenter.encodes == 1
     plain = Segmenter(make_tiny_model(), model_size=256)
     assert same(found, plain.segment(image, CLICKS))
-
-
-def test_outlines_are_drawn_alike_with_and_without_a_cache(image: Image) -> None:
-    segmenter, forgetful = coarse_segmenter(), coarse_segmenter(cache_bytes=0)
-    want = segmenter.segment(image, CLICKS)
-    assert want.encoded
-    assert same(forgetful.segment(image, CLICKS), want)
-    assert forgetful.encodes == 1
-    again = segmenter.segment(image, CLICKS)
-    assert same(again, want)
-    assert not again.encoded
-
-
-def test_both_sizes_are_encoded_ahead(image_png: bytes) -> None:
-    segmenter = coarse_segmenter()
-    segmenter.segment(image_png, CLICKS[:1], model_size=256)
-    assert segmenter.is_encoded(image_png, model_size=256)
-    assert not segmenter.is_encoded(image_png)
-    segmenter.prefetch(image_png)
-    assert segmenter.is_encoded(image_png)
-    assert segmenter.encodes == 1
-    assert not segmenter.segment(image_png, CLICKS[:1]).encoded
 
 
 def test_nothing_found_has_no_outline(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
