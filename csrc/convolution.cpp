@@ -7,6 +7,7 @@ namespace {
 
 constexpr std::int64_t kSide = 4;  // pixels a tile
 constexpr std::int64_t kPoints = 36;
+constexpr std::int64_t kLeastRows = 12;  // tiles that fill a register tile
 constexpr std::int64_t kGap = 16;  // floats between points, so that they do not meet in the same cache sets
 
 // A line of three weights to six points; what the inputs' points are too large by is divided out here.
@@ -42,8 +43,10 @@ Convolution::Convolution(std::int64_t in, std::int64_t out, const float* weight,
 void Convolution::run(const ConvolutionCall& call, double (&sums)[2]) const {
     const std::int64_t tiles_across = blocks_of(call.width, kSide);
     const std::int64_t tiles = blocks_of(call.height, kSide) * tiles_across;
-    const std::int64_t items = blocks_of(tiles, kMaxRows);
     const int workers = threads();
+    // Small maps are cut into smaller parts, so that every thread has some.
+    const std::int64_t rows = std::clamp(round_to(blocks_of(tiles, 4 * workers), kLeastRows), kLeastRows, kMaxRows);
+    const std::int64_t items = blocks_of(tiles, rows);
     const std::int64_t in_point = kMaxRows * in_ + kGap;
     const std::int64_t out_point = kMaxRows * out_ + kGap;
     const std::int64_t scratch = round_to(kPoints * (in_point + out_point), kGap);
@@ -54,8 +57,8 @@ void Convolution::run(const ConvolutionCall& call, double (&sums)[2]) const {
     for_items(items, workers, [&](std::int64_t item, int worker) {
         float* const pixels = memory + tile_sums + worker * scratch;
         float* const products = pixels + kPoints * in_point;
-        const std::int64_t first = item * kMaxRows;
-        const std::int64_t count = std::min(kMaxRows, tiles - first);
+        const std::int64_t first = item * rows;
+        const std::int64_t count = std::min(rows, tiles - first);
         for (std::int64_t i = 0; i < count; ++i) {
             const std::int64_t y = (first + i) / tiles_across * kSide - 1;  // of the tile's pixel (0, 0)
             const std::int64_t x = (first + i) % tiles_across * kSide - 1;

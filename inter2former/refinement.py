@@ -26,6 +26,8 @@ ModelClick = tuple[int, int, bool]  # row, column, positive; pixels of the frame
 
 SIDE = 256  # pixels of the longer side of a crop; with 192 mIoU@5 is 0.25 lower, with 384 the same (146 objects)
 CLOSEST = 2.0  # crop pixels a pixel of the frame, at most
+# What is thinner than so many crop pixels, as cracks are, is looked at more closely: such a crop has so many pixels.
+THIN, THIN_SIDE = 8.0, 512
 MARGIN = 1 / 8  # of the longer side, around what was found
 SURE = 12.0  # logits end here
 BLOB = 5.0  # crop pixels: sigma of a click
@@ -73,7 +75,10 @@ def look(found: Spread, picture: UInt8, clicks: Sequence[ModelClick], side: floa
     side     pixels of the longer side, h or w
     """
     height, width = found.logits.shape
-    scale = min(side / max(height, width), CLOSEST * side / SIDE)
+    longer = max(height, width)
+    if longer > side and _breadth(found.logits > 0) * side < THIN * longer:
+        side = min(THIN_SIDE * side / SIDE, longer)
+    scale = min(side / longer, CLOSEST * side / SIDE)
     step = 2**HALVINGS
     h, w = (max(round(side * scale / step), 1) * step for side in (height, width))
     left, top = _TOKEN * found.box[0], _TOKEN * found.box[1]
@@ -105,6 +110,12 @@ def drawn(found: Spread, change: Float32) -> Spread:
     height, width = found.logits.shape
     change = _resized(change, height, width, cv2.INTER_LINEAR)
     return Spread(found.logits.clip(-SURE, SURE) + change, found.box)
+
+
+def _breadth(mask: npt.NDArray[np.bool_]) -> float:
+    """Of what is inside, in pixels: that of a stripe with so much area along its outline."""
+    outline = sum(int(np.count_nonzero(a != b)) for a, b in ((mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1])))
+    return 2 * int(np.count_nonzero(mask)) / max(outline, 1)
 
 
 def _resized(values: npt.NDArray[Any], height: int, width: int, how: int) -> npt.NDArray[Any]:

@@ -42,6 +42,7 @@ STEPS, WARMUP, BATCH, LR, DECAY = 6000, 100, 8, 2e-3, 0.02
 CROP = 160  # pixels a side
 NEARER = (0.75, 1.25)  # crops are cut from what is so much larger than what is served
 JITTER = 30  # pixels between an outline and the middle of a crop
+WRONG = 0.5  # of the crops lie where something is wrong, the others anywhere at the outline
 BENT, BEND = 0.3, (1.0, 5.0)  # of the crops so many have bent logits, by so many pixels
 NEAR = 2.5 / SCALE  # logits below are close to the outline, and count
 FAR_WEIGHT = 0.15  # of the others
@@ -94,10 +95,12 @@ class _Watching(Segmenter):
         number = self._numbers.setdefault((pixels.info.key, frame.size), len(self.pictures))
         if number == len(self.pictures):
             self.pictures.append(self._picture(pixels, frame))
-        logits = found.inside.clip(-SURE, SURE).astype(np.float16)
-        truth = np.packbits(self.target.mask)
-        answer = Answer(number, self.target.source, frame, coarse, logits, found.box, tuple(clicks), truth)
-        self.answers.append(answer)
+        spread = refinement.spread(found.inside, found.box, coarse, coarse)  # no more of the frame than is looked at
+        if spread is not None:
+            logits = spread.logits.clip(-SURE, SURE).astype(np.float16)
+            truth = np.packbits(self.target.mask)
+            source = self.target.source
+            self.answers.append(Answer(number, source, frame, coarse, logits, spread.box, tuple(clicks), truth))
         return super()._drawn(pixels, found, coarse, frame, clicks)
 
 
@@ -147,19 +150,22 @@ def crop(answer: Answer, picture: UInt8, rng: np.random.Generator) -> Crop | Non
     height, width = seen.shape[1:]
     left, top = 16 * found.box[0], 16 * found.box[1]
     rows, columns = found.logits.shape
-    inside = answer.frame.mask_to_model(answer.mask())[top : top + rows, left : left + columns]
+    target = answer.frame.mask_to_model(answer.mask())[top : top + rows, left : left + columns]
     how = cv2.INTER_AREA if height < rows else cv2.INTER_LINEAR
-    truth: Float32 = cv2.resize(inside.astype(np.float32), (width, height), interpolation=how)  # type: ignore[assignment]
+    truth: Float32 = cv2.resize(target.astype(np.float32), (width, height), interpolation=how)  # type: ignore[assignment]
     shown = np.zeros((height, width), np.float32)
     valid = answer.frame.valid
     shown[: round((valid[0] - top) * height / rows), : round((valid[1] - left) * width / columns)] = 1
     if rng.random() < BENT:
         _bend(seen, rng)
 
-    outline = np.argwhere(cv2.morphologyEx((seen[LOGITS] > 0).view(np.uint8), cv2.MORPH_GRADIENT, np.ones((3, 3))))
-    if len(outline) == 0:
+    inside = seen[LOGITS] > 0
+    places = np.argwhere(cv2.morphologyEx(inside.view(np.uint8), cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)))
+    if len(places) == 0:
         return None
-    middle = outline[rng.integers(len(outline))] + rng.integers(-JITTER, JITTER + 1, 2)
+    if rng.random() < WRONG and (wrong := inside != (truth > 0.5)).any():
+        places = np.argwhere(wrong)
+    middle = places[rng.integers(len(places))] + rng.integers(-JITTER, JITTER + 1, 2)
     parts = [_part(at, side) for at, side in zip(middle, (height, width), strict=True)]
     seen, truth, shown = (_cut(maps, parts) for maps in (seen, truth, shown))
     beyond = _cut(np.ones((height, width), np.float32), parts) == 0

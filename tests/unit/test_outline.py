@@ -44,7 +44,7 @@ def drawing(seed: int = 0) -> Inter2Former:
         if isinstance(unit, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(unit.weight, 0.5, 1.5)
     torch.nn.init.normal_(model.outline.last.weight, std=5.0)
-    torch.nn.init.uniform_(model.outline.last.bias, 5.0, 20.0)  # type: ignore[arg-type]
+    torch.nn.init.uniform_(model.outline.last.bias, 5.0, 40.0)  # type: ignore[arg-type]
     return model
 
 
