@@ -3,7 +3,7 @@
     python -m benchmarks.ablation PACK --limit 10 --write
 
 The variants change which tokens attend how, the box that the prompt is embedded in, the box that is upsampled or
-whether colours are asked about the logits, and nothing else. All run the plain PyTorch modules, one after the other on
+whether the photo is asked about the logits (by the random walk, by the outline network), and nothing else. All run the plain PyTorch modules, one after the other on
 each object, so their times compare with each other; the served model (packed, native) is the last row.
 """
 
@@ -26,7 +26,7 @@ from benchmarks.results import write_result
 from inter2former.checkpoints import STARTER, load_checkpoint
 from inter2former.evaluation import Image, Mask, Pack, Target, evaluate, summarise
 from inter2former.files import write_atomically
-from inter2former.nn.model import Decoded, ImageEncoding, Inter2Former, Part
+from inter2former.nn.model import Decoded, ImageEncoding, Inter2Former
 from inter2former.nn.prompt_embedding import PixelBox
 from inter2former.prompts import Click
 from inter2former.runtime.packing import pack
@@ -46,6 +46,7 @@ class Switches:
     full_upsampling: bool = False  # upsample everywhere instead of where the localisation found something
     walk: bool = True  # the random walk, and with it the choice of levels
     levels: bool = True
+    outline: bool = True  # drawn by the outline network
     served: bool = False
 
 
@@ -56,6 +57,7 @@ VARIANTS = (
     Switches("BSQ attention everywhere", attention="bsq"),
     Switches("full upsampling", full_upsampling=True),
     Switches("none of the shortcuts", full_prompt=True, attention="full", full_upsampling=True),
+    Switches("outlines as found", outline=False),
     Switches("cut at zero", levels=False),
     Switches("and no random walk", walk=False),
     Switches("as served", served=True),
@@ -71,8 +73,10 @@ class Variant(Inter2Former):
             config = dataclasses.replace(config, walk_trust=0.0, affinity_width=0, level_weights=())
         elif not switches.levels:
             config = dataclasses.replace(config, level_weights=())
+        if not switches.outline:
+            config = dataclasses.replace(config, outline_widths=())
         super().__init__(config)
-        kept = self.state_dict().keys()  # without a walk nothing says how freely one walks
+        kept = self.state_dict().keys()  # what is switched off has no weights
         self.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in kept})
         self.switches = switches
         self.eval().requires_grad_(False)
@@ -86,14 +90,12 @@ class Variant(Inter2Former):
         full = (0, 0, labels.shape[1], labels.shape[0])
         return super().prompted(encoding, labels, full if self.switches.full_prompt else box)
 
-    def decode_tokens(self, encoding: ImageEncoding, x: Tensor, edge: Tensor, part: Part | None = None) -> Decoded:
+    def decode_tokens(self, encoding: ImageEncoding, x: Tensor, edge: Tensor) -> Decoded:
         h, w = encoding.tokens.shape[-2:]
-        grid, window = part or ((h, w), None)
         kind = self.switches.attention
         attends = edge if kind == "hybrid" else torch.full_like(edge, kind == "full")
         for block in self.blocks:
-            normed = block.norm1(x)  # type: ignore[operator]
-            x = x + block.attention.decode(normed, grid, attends, window)  # type: ignore[operator, union-attr]
+            x = x + block.attention.decode(block.norm1(x), (h, w), attends)  # type: ignore[operator, union-attr]
             x = x + block.experts(block.norm2(x), edge)  # type: ignore[operator]
         return Decoded(*self.upsampling.decode(x.t().unflatten(1, (h, w)).unsqueeze(0), encoding.edges))
 
