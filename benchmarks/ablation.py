@@ -3,8 +3,9 @@
     python -m benchmarks.ablation PACK --limit 10 --write
 
 The variants change which tokens attend how, the box that the prompt is embedded in, the box that is upsampled or
-whether the photo is asked about the logits (by the random walk, by the outline network), and nothing else. All run the plain PyTorch modules, one after the other on
-each object, so their times compare with each other; the served model (packed, native) is the last row.
+whether the photo is asked about the logits, by the random walk and the outline network, and nothing else. All run the
+plain PyTorch modules, one after the other on each object, so their times compare with each other; the served model
+(packed, native) is the last row.
 """
 
 from __future__ import annotations
