@@ -25,7 +25,7 @@ from inter2former.nn.model import Inter2Former
 from inter2former.nn.outline import CHANNELS, Outline
 from inter2former.prompts import Click
 from inter2former.runtime.packing import pack
-from inter2former.segmenter import Segmenter
+from inter2former.segmenter import CERTAIN, Segmenter
 from train import __main__ as cli
 from train import outline as fitting
 from train.outline import CROP, Answer
@@ -74,6 +74,51 @@ def test_outlines_are_drawn_alike_with_and_without_a_cache(image: evaluation.Ima
     plain = Segmenter(make_tiny_model(DRAWING), model_size=size).segment(image, CLICKS)
     assert not np.array_equal(plain.mask, want.mask)
     assert plain.score == want.score  # of what was found
+
+
+LATE = dataclasses.replace(DRAWING, local_from=2)
+MORE = [*CLICKS, Click(60, 50), Click(110, 80)]
+
+
+def late(**options: Any) -> Segmenter:
+    model = drawing()
+    model.config = LATE
+    return Segmenter(model, model_size=512, **options)
+
+
+def test_late_outlines_depend_on_the_prompts_alone(image: evaluation.Image) -> None:
+    """What is shown follows from what was shown before; from whichever click on that is known, it is the same."""
+    stepwise, at_once, forgetful = late(), late(), late(cache_bytes=0)
+    shown = [stepwise.segment(image, MORE[:n]).mask for n in range(1, len(MORE) + 1)]
+    assert np.array_equal(at_once.segment(image, MORE).mask, shown[-1])
+    for n in (5, 2, 4):
+        for segmenter in (stepwise, at_once, forgetful):
+            assert np.array_equal(segmenter.segment(image, MORE[:n]).mask, shown[n - 1])
+    # States that another T left behind, and a first look at this one.
+    other = late()
+    other.segment(image, MORE, model_size=256)
+    assert np.array_equal(other.segment(image, MORE).mask, shown[-1])
+    assert other.encodes == 1
+    # Another click on the same pixel of the coarse frame is another prompt.
+    near = [*MORE[:-1], Click(110.2, 80.2)]
+    assert np.array_equal(stepwise.segment(image, near).mask, late().segment(image, near).mask)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_late_outlines_change_near_the_click_or_where_they_are_sure(mask: bool) -> None:
+    image = make_image(256, 256)  # as large as its frame: no logits between pixels
+    given = np.zeros(image.shape[:2], bool)
+    given[30:110, 40:140] = True
+    segmenter = late()
+    before = given if mask else segmenter.segment(image, MORE[:2], model_size=256).mask
+    made, start = (MORE[2:3], given) if mask else (MORE[:3], None)
+    shown = segmenter.segment(image, made, initial_mask=start, model_size=256)
+    changed = shown.mask != before
+    assert changed.any() or not mask
+    _, part = cv2.connectedComponents(changed.view(np.uint8), connectivity=8)
+    x, y, radius = int(MORE[2].x), int(MORE[2].y), DRAWING.click_radius
+    met = np.isin(part, part[y - radius : y + radius + 1, x - radius : x + radius + 1]) & (part > 0)
+    assert (np.abs(shown.logits())[changed & ~met] > CERTAIN).all()
 
 
 def test_the_native_network_draws_the_same(image: evaluation.Image) -> None:
