@@ -572,6 +572,26 @@ py::tuple describe(const py::object& logits_object, const py::object& clicks_obj
     return py::make_tuple(numbers, found);
 }
 
+// Of a 3 x 3 convolution: weight [out, in, 3, 3] and bias [out].
+struct ConvolutionWeights {
+    py::array_t<float> weight, bias;
+    std::int64_t in, out;
+
+    ConvolutionWeights(const py::object& weight_object, const py::object& bias_object)
+        : weight(typed<float>(weight_object, "weight", 4)),
+          bias(typed<float>(bias_object, "bias", 1)),
+          in(weight.shape(1)),
+          out(weight.shape(0)) {
+        if (out < 1 || in < 1 || out > kMaxSide || in > kMaxSide) {
+            throw py::value_error("weight must have shape [out, in, 3, 3], not " + shape_text(shape_of(weight)) + ".");
+        }
+        require_shape(weight, "weight", {out, in, 3, 3});
+        require_contiguous(weight, "weight");
+        require_shape(bias, "bias", {out});
+        require_contiguous(bias, "bias");
+    }
+};
+
 class Convolution {
 public:
     Convolution(const py::object& weight, const py::object& bias, const std::string& isa)
@@ -622,20 +642,10 @@ public:
     std::size_t nbytes() const { return convolution_->bytes(); }
 
 private:
-    static std::unique_ptr<i2f::Convolution> make(const py::object& weight_object, const py::object& bias_object,
+    static std::unique_ptr<i2f::Convolution> make(const py::object& weight, const py::object& bias,
                                                   const i2f::Kernels& kernels) {
-        const auto weight = typed<float>(weight_object, "weight", 4);
-        const std::int64_t out = weight.shape(0);
-        const std::int64_t in = weight.shape(1);
-        if (out < 1 || in < 1 || out > kMaxSide || in > kMaxSide) {
-            throw py::value_error("weight must have shape [out, in, 3, 3], not " + shape_text(shape_of(weight)) + ".");
-        }
-        require_shape(weight, "weight", {out, in, 3, 3});
-        require_contiguous(weight, "weight");
-        const auto bias = typed<float>(bias_object, "bias", 1);
-        require_shape(bias, "bias", {out});
-        require_contiguous(bias, "bias");
-        return std::make_unique<i2f::Convolution>(in, out, weight.data(), bias.data(), kernels);
+        const ConvolutionWeights given(weight, bias);
+        return std::make_unique<i2f::Convolution>(given.in, given.out, given.weight.data(), given.bias.data(), kernels);
     }
 
     std::unique_ptr<i2f::Convolution> convolution_;
@@ -646,20 +656,11 @@ public:
     // layers: weight and bias of each convolution, in the order of csrc/outline.h
     Outline(const std::vector<std::pair<py::object, py::object>>& layers, const std::vector<int>& down,
             const std::vector<int>& up, const std::string& isa) {
-        std::vector<py::array_t<float>> alive;
+        std::vector<ConvolutionWeights> alive;
         std::vector<i2f::OutlineLayer> given;
-        for (const auto& [weight_object, bias_object] : layers) {
-            const auto weight = typed<float>(weight_object, "weight", 4);
-            const auto bias = typed<float>(bias_object, "bias", 1);
-            const std::int64_t out = weight.shape(0);
-            const std::int64_t in = weight.shape(1);
-            if (out < 1 || in < 1 || out > kMaxSide || in > kMaxSide) throw py::value_error("A layer has no channels.");
-            require_shape(weight, "weight", {out, in, 3, 3});
-            require_shape(bias, "bias", {out});
-            require_contiguous(weight, "weight");
-            require_contiguous(bias, "bias");
-            given.push_back({in, out, weight.data(), bias.data()});
-            alive.insert(alive.end(), {weight, bias});
+        for (const auto& [weight, bias] : layers) {
+            const ConvolutionWeights& layer = alive.emplace_back(weight, bias);
+            given.push_back({layer.in, layer.out, layer.weight.data(), layer.bias.data()});
         }
         outline_ = std::make_unique<i2f::Outline>(given, down, up, kernels_named(isa));
     }

@@ -10,12 +10,11 @@ How a mask is made (paper 3.3, and the click loop of the released implementation
     mask = (logits of the last decoder pass, resized to the image) > 0, then every click is kept
 
 A box or an initial mask without clicks is decoded once as it is. Above the configuration's coarse size masks are found
-at that size. Where there is a network for it, outlines of what is shown are drawn again, in the picture at T
-(refinement.py). Where the configuration says so, a random walk goes over
-the photo from each pass's logits (random_walk.py), they are cut where that suits them best (level.py), small islands
-that nobody clicked are left out, a late click changes its surroundings alone, and in what is shown of the last pass
-small holes are filled and outlines in large photos are smoothed. Each step depends on the one before and on nothing
-else, so (R, logits) after a step are cached under a digest of everything that led to them.
+at that size. Where the configuration says so, a random walk goes over the photo from each pass's logits
+(random_walk.py), they are cut where that suits them best (level.py), small islands that nobody clicked are left out,
+and a late click changes its surroundings alone. In what is shown small holes are filled, outlines are drawn again in
+the picture at T (refinement.py), and in large photos they are smoothed. Each step depends on the one before and on
+nothing else, so (R, logits) after a step, and what is shown then, are cached under a digest of all that led to them.
 """
 
 from __future__ import annotations

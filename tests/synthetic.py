@@ -54,3 +54,11 @@ def encode_png(image: npt.NDArray[np.uint8]) -> bytes:
     """RGB (or grey) pixels as PNG bytes."""
     stored = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image
     return cv2.imencode(".png", stored)[1].tobytes()
+
+
+def only_part_differs(before: Inter2Former, after: Inter2Former, part: str, given: torch.nn.Module) -> None:
+    """Assert that the submodule `part` is the given one, and every other weight what it was, but for rounding."""
+    for key, value in after.state_dict().items():
+        kept = given.state_dict().get(key.removeprefix(f"{part}."))
+        wanted = before.state_dict()[key] if kept is None else kept
+        assert torch.allclose(value, wanted, atol=1e-3), key

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from inter2former import evaluation, random_walk
-from inter2former.checkpoints import load_checkpoint, save_checkpoint
+from inter2former.checkpoints import load_checkpoint
 from inter2former.errors import ConfigError, Inter2FormerError
 from inter2former.images import Frame
 from inter2former.nn.affinity import WIDTH, Affinity
@@ -36,6 +36,7 @@ from inter2former.reference_mask import DEFINITE_BACKGROUND, DEFINITE_FOREGROUND
 from inter2former.runtime.packing import pack as pack_model
 from inter2former.segmenter import ModelSize, Segmenter
 from inter2former.terminal import print_rows, score_progress
+from train import fitted
 
 CLICKS = 5  # an object; later ones change little that a walk can see
 STEPS, WARMUP, BATCH, LR, DECAY = 2000, 50, 16, 2e-3, 0.05
@@ -352,25 +353,20 @@ def ious(affinity: Affinity | None, first: float, data: Data, clicks: Sequence[i
 
 def with_affinity(model: Inter2Former, width: int, seed: int) -> Inter2Former:
     """The model with an affinity of that width: its own, if it has one, else random weights."""
-    if model.config.affinity_width == width:
-        return model
-    torch.manual_seed(seed)
-    grown = Inter2Former(dataclasses.replace(model.config, affinity_width=width))
-    kept = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("affinity.")}
-    grown.load_state_dict(kept, strict=False)
-    return grown
+    return fitted.with_part(model, "affinity", seed, affinity_width=width)
 
 
 def write(checkpoint: Path, out: Path, affinity: Affinity, first: float, facts: dict[str, Any]) -> str:
-    """The checkpoint with this affinity and trust, tensors as precise as before; returns the digest."""
-    loaded = load_checkpoint(checkpoint)
-    width = affinity.tokens.out_channels
-    model = with_affinity(loaded.model, width, 0)
-    assert model.affinity is not None
-    model.affinity.load_state_dict(affinity.state_dict())
-    model.config = dataclasses.replace(model.config, affinity_width=width, walk_trust=first)
-    provenance = {**loaded.provenance, "affinity": {**facts, "of": loaded.digest}}
-    return save_checkpoint(out, model, provenance=provenance, dtype=loaded.dtype)
+    """The checkpoint with this affinity and trust; returns the digest."""
+
+    def change(model: Inter2Former) -> Inter2Former:
+        model = with_affinity(model, affinity.tokens.out_channels, 0)
+        assert model.affinity is not None
+        model.affinity.load_state_dict(affinity.state_dict())
+        model.config = dataclasses.replace(model.config, walk_trust=first)
+        return model
+
+    return fitted.write(checkpoint, out, "affinity", facts, change)
 
 
 def command(
@@ -382,7 +378,7 @@ def command(
     rounds: Annotated[int, typer.Option(min=1, help="Each learns from those before it too.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Of the optimiser, each round.")] = STEPS,
     trust: Annotated[
-        float | None, typer.Option(min=1e-6, max=1.0, help="In the network at the first click [as fitted].")
+        float | None, typer.Option(min=1e-6, max=1.0, help="In the network at the first click [as learnt].")
     ] = None,
     width: Annotated[int, typer.Option(min=2, help="Channels.")] = WIDTH,
     model_size: Annotated[int | None, typer.Option(help="Model size T [where the checkpoint finds masks].")] = None,
@@ -391,7 +387,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Fit how freely one walks between neighbouring places, for a checkpoint with a random walk. Levels and scores
-    (`calibrate`) are to be fitted again afterwards."""
+    (`calibrate`) are to be learnt again afterwards."""
     size: ModelSize = "auto" if model_size is None else model_size
     try:
         if threads is not None:
@@ -407,8 +403,8 @@ def command(
             model.config = dataclasses.replace(model.config, auto_sizes=sizes or (model.config.coarse_size,))
         affinity = model.affinity
         assert affinity is not None
-        fitted = Affinity(model.config)
-        fitted.load_state_dict(affinity.state_dict())
+        learnt = Affinity(model.config)
+        learnt.load_state_dict(affinity.state_dict())
         packed = pack_model(model)
         assert packed.affinity is not None
         seen, held_out = Data(), Data()
@@ -420,7 +416,7 @@ def command(
                     return collect(packed, pack.targets(refs), colours=colours, model_size=size, on_score=advance)
 
             held_out.add(*passes("val", val_limit, fresh))
-            figures = {"before": ious(None if fresh else fitted, first, held_out)}
+            figures = {"before": ious(None if fresh else learnt, first, held_out)}
             for number in range(rounds):
                 seen.add(*passes("train", limit, fresh and number == 0))
                 say = f"round {number + 1} of {rounds}"
@@ -428,15 +424,15 @@ def command(
                 def shown(numbers: range, say: str = say) -> Iterable[int]:
                     return track(numbers, description=say, disable=as_json)
 
-                first = fit(fitted, first, seen, steps=steps, seed=seed, progress=shown)
-                packed.affinity.load_state_dict(fitted.state_dict())
+                first = fit(learnt, first, seen, steps=steps, seed=seed, progress=shown)
+                packed.affinity.load_state_dict(learnt.state_dict())
                 packed.config = dataclasses.replace(packed.config, walk_trust=first)
-                figures[f"after {number + 1}"] = ious(fitted, first, held_out)
+                figures[f"after {number + 1}"] = ious(learnt, first, held_out)
             if trust is not None:
                 first = trust
-                figures["with that trust"] = ious(fitted, first, held_out)
+                figures["with that trust"] = ious(learnt, first, held_out)
         facts = {"objects a source": limit, "rounds": rounds, "steps": steps, "val": figures, "trust": first}
-        digest = write(checkpoint, out, fitted, first, facts)
+        digest = write(checkpoint, out, learnt, first, facts)
     except (Inter2FormerError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

@@ -21,7 +21,7 @@ import torch
 import typer
 
 from inter2former import evaluation, level, score
-from inter2former.checkpoints import load_checkpoint, save_checkpoint
+from inter2former.checkpoints import load_checkpoint
 from inter2former.errors import ConfigError, Inter2FormerError
 from inter2former.images import Frame
 from inter2former.nn.model import ImageEncoding, Inter2Former
@@ -29,6 +29,7 @@ from inter2former.prompts import Click
 from inter2former.runtime.packing import pack as pack_model
 from inter2former.segmenter import ModelSize, Segmenter, at_levels, load_segmenter
 from inter2former.terminal import print_rows, score_progress
+from train import fitted
 
 UNITS = 8  # of the hidden layer; none (a line) errs a tenth more, 16 and 32 gain nothing
 CLICKS = 6  # an object; annotators seldom make more
@@ -248,11 +249,13 @@ def errors(answers: Sequence[Answer], weights: Sequence[float] | None = None) ->
 def write(
     checkpoint: Path, out: Path, weights: tuple[float, ...], levels: tuple[float, ...], facts: dict[str, Any]
 ) -> str:
-    """The checkpoint with these weights of score and levels, tensors as precise as before; returns the digest."""
-    loaded = load_checkpoint(checkpoint)
-    loaded.model.config = dataclasses.replace(loaded.model.config, score_weights=weights, level_weights=levels)
-    provenance = {**loaded.provenance, "calibration": {**facts, "of": loaded.digest}}
-    return save_checkpoint(out, loaded.model, provenance=provenance, dtype=loaded.dtype)
+    """The checkpoint with these weights of score and levels; returns the digest."""
+
+    def change(model: Inter2Former) -> Inter2Former:
+        model.config = dataclasses.replace(model.config, score_weights=weights, level_weights=levels)
+        return model
+
+    return fitted.write(checkpoint, out, "calibration", facts, change)
 
 
 def command(

@@ -7,7 +7,6 @@ disturbed, mirrored and turned, and it learns what it should have added to the l
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import statistics
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from inter2former import evaluation, refinement
-from inter2former.checkpoints import load_checkpoint, save_checkpoint
+from inter2former.checkpoints import load_checkpoint
 from inter2former.errors import ConfigError, Inter2FormerError
 from inter2former.images import Frame
 from inter2former.nn.model import Inter2Former
@@ -36,6 +35,7 @@ from inter2former.refinement import SIDE, SURE, Spread, TokenBox
 from inter2former.runtime.packing import pack as pack_model
 from inter2former.segmenter import Segmenter
 from inter2former.terminal import print_rows, score_progress
+from train import fitted
 
 CLICKS = 10  # an object
 STEPS, WARMUP, BATCH, LR, DECAY = 6000, 100, 8, 2e-3, 0.02
@@ -307,23 +307,19 @@ def ious(model: Inter2Former, pictures: Sequence[UInt8], answers: Sequence[Answe
 
 def with_outline(model: Inter2Former, widths: tuple[int, ...], seed: int) -> Inter2Former:
     """The model with an outline network of these widths: its own, if it has one, else one that changes nothing yet."""
-    if model.config.outline_widths == widths:
-        return model
-    torch.manual_seed(seed)
-    grown = Inter2Former(dataclasses.replace(model.config, outline_widths=widths))
-    kept = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("outline.")}
-    grown.load_state_dict(kept, strict=False)
-    return grown.eval()
+    return fitted.with_part(model, "outline", seed, outline_widths=widths)
 
 
 def write(checkpoint: Path, out: Path, outline: Outline, widths: tuple[int, ...], facts: dict[str, Any]) -> str:
-    """The checkpoint with this outline network, tensors as precise as before; returns the digest."""
-    loaded = load_checkpoint(checkpoint)
-    model = with_outline(loaded.model, widths, 0)
-    assert model.outline is not None
-    model.outline.load_state_dict(outline.state_dict())
-    provenance = {**loaded.provenance, "outline": {**facts, "of": loaded.digest}}
-    return save_checkpoint(out, model, provenance=provenance, dtype=loaded.dtype)
+    """The checkpoint with this outline network; returns the digest."""
+
+    def change(model: Inter2Former) -> Inter2Former:
+        model = with_outline(model, widths, 0)
+        assert model.outline is not None
+        model.outline.load_state_dict(outline.state_dict())
+        return model
+
+    return fitted.write(checkpoint, out, "outline", facts, change)
 
 
 def command(
@@ -348,8 +344,8 @@ def command(
             torch.set_num_threads(threads)
         model = with_outline(load_checkpoint(checkpoint).model, widths, seed)
         assert model.outline is not None
-        fitted = Outline(widths)
-        fitted.load_state_dict(model.outline.state_dict())
+        learnt = Outline(widths)
+        learnt.load_state_dict(model.outline.state_dict())
         packed = pack_model(model)
         with evaluation.Pack(data) as pack:
 
@@ -363,9 +359,9 @@ def command(
         def shown(numbers: range) -> Iterable[int]:
             return track(numbers, description="outlines", disable=as_json)
 
-        fit(fitted, *seen, steps=steps, seed=seed, progress=shown)
+        fit(learnt, *seen, steps=steps, seed=seed, progress=shown)
         facts: dict[str, Any] = {"objects a source": limit, "answers": len(seen[1]), "steps": steps}
-        digest = write(checkpoint, out, fitted, widths, facts)
+        digest = write(checkpoint, out, learnt, widths, facts)
         figures = ious(load_checkpoint(out).model, *held_out)
     except (Inter2FormerError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
