@@ -72,6 +72,6 @@ constexpr int kTile = 6;  // 12 sums, two weights and a broadcast in 16 register
 
 const Kernels kAvx2 = {
     "avx2", "8 floats a step, x86 with AVX2 and FMA", L, kTile, ffn, gates, min_max, find, transition,
-    P, kPairs, linear, norm, pack_pixels, taps, up_row, attend, bsq, tile_in, tile_out, silu};
+    P, kPairs, linear, norm, pack_pixels, taps, up_row, attend, bsq, tile_in, tile_out, silu, sigmoid_of};
 
 }  // namespace i2f

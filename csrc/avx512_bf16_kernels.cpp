@@ -23,6 +23,6 @@ constexpr int kTile = 12;  // 24 sums, two weights and a broadcast in 32 registe
 
 const Kernels kAvx512Bf16 = {
     "avx512", "32 bfloat16 a step, x86 with AVX-512 F, BW, DQ, VL, BF16", L, kTile, ffn, gates, min_max, find, transition,
-    P, kPairs, linear, norm, pack_pixels, taps, up_row, attend, bsq, tile_in, tile_out, silu};
+    P, kPairs, linear, norm, pack_pixels, taps, up_row, attend, bsq, tile_in, tile_out, silu, sigmoid_of};
 
 }  // namespace i2f

@@ -22,6 +22,6 @@ constexpr int kTile = 12;  // 24 sums, two weights and a broadcast in 32 registe
 
 const Kernels kAvx512 = {
     "avx512", "16 floats a step, x86 with AVX-512 F, BW, DQ, VL", L, kTile, ffn, gates, min_max, find, transition,
-    P, kPairs, linear, norm, pack_pixels, taps, up_row, attend, bsq, tile_in, tile_out, silu};
+    P, kPairs, linear, norm, pack_pixels, taps, up_row, attend, bsq, tile_in, tile_out, silu, sigmoid_of};
 
 }  // namespace i2f

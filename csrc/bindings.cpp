@@ -31,7 +31,7 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int kInterface = 9;  // runtime/native.py asks for exactly this
+constexpr int kInterface = 10;  // runtime/native.py asks for exactly this
 constexpr std::int64_t kMaxSide = 1 << 20;
 constexpr int kMaxThreads = 1024;
 
@@ -686,6 +686,56 @@ public:
         return out;
     }
 
+    // logits, before [H, W], picture [.., .., 3]; clicks [n, 3]; rules in the order of i2f::ViewRules
+    // -> the logits with what is to be added to them, and whether that is finite
+    std::pair<py::array_t<float>, bool> draw(const py::object& logits_object, const std::optional<py::object>& before_object,
+                                             const py::object& picture_object, std::pair<std::int64_t, std::int64_t> shape,
+                                             std::pair<std::int64_t, std::int64_t> shown, const py::object& clicks_object,
+                                             float sure, float scale, double blob, double far,
+                                             const std::array<float, 3>& mean, const std::array<float, 3>& deviation) const {
+        const i2f::ViewRules rules{sure, scale, blob, far, {mean[0], mean[1], mean[2]},
+                                   {deviation[0], deviation[1], deviation[2]}};
+        const auto logits = typed<float>(logits_object, "logits", 2);
+        require_contiguous(logits, "logits");
+        std::optional<py::array_t<float>> before;
+        if (before_object) {
+            before = typed<float>(*before_object, "before", 2);
+            require_shape(*before, "before", shape_of(logits));
+            require_contiguous(*before, "before");
+        }
+        const auto picture = typed<std::uint8_t>(picture_object, "picture", 3);
+        require_shape(picture, "picture", {picture.shape(0), picture.shape(1), 3});
+        if (picture.size() > 0 && (picture.strides(2) != 1 || picture.strides(1) != 3)) {
+            throw py::value_error("The colours of a row of picture must be next to one another.");
+        }
+        const auto clicks = typed<float>(clicks_object, "clicks", 2);
+        require_shape(clicks, "clicks", {clicks.shape(0), 3});
+        require_contiguous(clicks, "clicks");
+        const auto [height, width] = shape;
+        if (i2f::kViewChannels != outline_->channels()) throw py::value_error("The network looks at something else.");
+        const auto fits = [&](std::int64_t side, std::int64_t part) {
+            return side >= 1 && side <= kMaxSide && side % outline_->side() == 0 && part >= 1 && part <= side;
+        };
+        if (logits.size() == 0 || !fits(height, shown.first) || !fits(width, shown.second)) {
+            throw py::value_error("No such view of logits " + shape_text(shape_of(logits)) + ": " +
+                                  shape_text({height, width}) + ", shown " + shape_text({shown.first, shown.second}) + ".");
+        }
+        for (py::ssize_t n = 0; n < clicks.size(); ++n) {
+            if (!std::isfinite(clicks.data()[n])) throw py::value_error("clicks must be finite.");
+        }
+        const i2f::View view{logits.data(), before ? before->data() : nullptr, logits.shape(0), logits.shape(1),
+                             picture.data(), picture.shape(0), picture.shape(1), picture.strides(0),
+                             height, width, shown.first, shown.second, clicks.data(), clicks.shape(0)};
+        py::array_t<float> out(shape_of(logits));
+        float* const to = out.mutable_data();
+        bool finite = false;
+        {
+            const py::gil_scoped_release unlocked;
+            finite = outline_->draw(view, rules, to);
+        }
+        return {out, finite};
+    }
+
     std::string isa() const { return outline_->kernels().name; }
     std::size_t nbytes() const { return outline_->bytes(); }
 
@@ -751,6 +801,9 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
                       const std::vector<int>&, const std::string&>(),
              py::arg("layers"), py::arg("down"), py::arg("up"), py::arg("isa") = "auto")
         .def("forward", &Outline::forward, py::arg("x"))
+        .def("draw", &Outline::draw, py::arg("logits"), py::arg("before"), py::arg("picture"), py::arg("shape"),
+             py::arg("shown"), py::arg("clicks"), py::arg("sure"), py::arg("scale"), py::arg("blob"), py::arg("far"),
+             py::arg("mean"), py::arg("deviation"))
         .def_property_readonly("isa", &Outline::isa)
         .def_property_readonly("nbytes", &Outline::nbytes);
 }

@@ -189,8 +189,9 @@ struct Kernels {
     void (*tile_in)(const TileIn& tile);
     void (*tile_out)(const TileOut& tile, float* sums);
 
-    // v = v sigmoid(v), in place
+    // v = v sigmoid(v), or sigmoid(v), in place
     void (*silu)(float* v, std::int64_t count);
+    void (*sigmoid)(float* v, std::int64_t count);
 };
 
 // 32-bit words of a row or column of `terms`.

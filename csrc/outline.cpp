@@ -10,6 +10,7 @@ namespace i2f {
 namespace {
 
 thread_local Arena arena;
+thread_local Arena view_arena;  // of what is looked at and the answer, while the network works in the other one
 
 struct Map {
     float* data;
@@ -167,6 +168,16 @@ void Outline::run(const float* x, std::int64_t height, std::int64_t width, float
     }
     convolve(kept[0], first[0], false);
     spread(first[0], out);
+}
+
+bool Outline::draw(const View& view, const ViewRules& rules, float* out) const {
+    const std::int64_t plane = view.height * view.width;
+    const std::int64_t floats = (kViewChannels + 1) * plane;
+    auto* const x = reinterpret_cast<float*>(view_arena.get(static_cast<std::size_t>(floats) * sizeof(float)));
+    float* const change = x + kViewChannels * plane;
+    look(view, rules, kernels(), x);
+    run(x, view.height, view.width, change);
+    return put_back(view, rules, change, out);
 }
 
 std::size_t Outline::bytes() const {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "convolution.h"
+#include "view.h"
 
 namespace i2f {
 
@@ -27,6 +28,9 @@ public:
 
     // x [channels][height][width] -> out [height][width]; both sides are multiples of side(). Throws std::bad_alloc.
     void run(const float* x, std::int64_t height, std::int64_t width, float* out) const;
+
+    // The same for what a view shows, see view.h; its channels and sides fit. Returns whether what is added is finite.
+    bool draw(const View& view, const ViewRules& rules, float* out) const;
 
     std::int64_t channels() const { return convolutions_.front()->inputs() / 4; }
     std::int64_t side() const { return std::int64_t{1} << down_.size(); }

@@ -23,6 +23,6 @@ constexpr int kTile = 6;  // 12 sums and their operands in 16 registers
 
 const Kernels kPortableBf16 = {
     "portable", "8 bfloat16 in two steps, any CPU", L, kTile, ffn, gates, min_max, find, transition,
-    P, kPairs, linear, norm, pack_pixels, taps, up_row, attend, bsq, tile_in, tile_out, silu};
+    P, kPairs, linear, norm, pack_pixels, taps, up_row, attend, bsq, tile_in, tile_out, silu, sigmoid_of};
 
 }  // namespace i2f

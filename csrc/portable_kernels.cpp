@@ -22,6 +22,6 @@ constexpr int kTile = 6;  // 12 sums and their operands in 16 registers
 
 const Kernels kPortable = {
     "portable", "4 floats a step, any CPU", L, kTile, ffn, gates, min_max, find, transition,
-    P, kPairs, linear, norm, pack_pixels, taps, up_row, attend, bsq, tile_in, tile_out, silu};
+    P, kPairs, linear, norm, pack_pixels, taps, up_row, attend, bsq, tile_in, tile_out, silu, sigmoid_of};
 
 }  // namespace i2f

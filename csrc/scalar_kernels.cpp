@@ -121,6 +121,7 @@ constexpr int kTile = 1;
 
 const Kernels kScalar = {"scalar", "one number at a time, the specification", L, 1, ffn, gates, min_max, find,
                          transition, one_lane::P, one_lane::kPairs, one_lane::linear, one_lane::norm, one_lane::pack_pixels,
-                         one_lane::taps, one_lane::up_row, one_lane::attend, one_lane::bsq, one_lane::tile_in, one_lane::tile_out, one_lane::silu};
+                         one_lane::taps, one_lane::up_row, one_lane::attend, one_lane::bsq, one_lane::tile_in, one_lane::tile_out,
+                         one_lane::silu, one_lane::sigmoid_of};
 
 }  // namespace i2f

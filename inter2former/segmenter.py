@@ -48,6 +48,7 @@ from inter2former.runtime import compute, native
 from inter2former.runtime.cache import ByteCache, CacheInfo
 from inter2former.runtime.decoder import CompactEncoding, FusedDecoder
 from inter2former.runtime.encoding_folder import EncodingFolder, FolderInfo
+from inter2former.runtime.outline import NativeOutline
 from inter2former.runtime.packing import pack
 from inter2former.small_parts import LEAST
 
@@ -174,18 +175,23 @@ class _Found:
         box = (x0, y0, x1, y1)
         now, then = self._over(box), before._over(box)
         changed = (now > 0) != (then > 0)
-        count, part = cv2.connectedComponents(changed.view(np.uint8), connectivity=8)
-        row, column = click[0] - _TOKEN * y0, click[1] - _TOKEN * x0
-        rows, columns = (slice(max(place - radius, 0), max(place + radius + 1, 0)) for place in (row, column))
+        rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+        if len(rows) == 0:
+            return self
+        top, left = int(rows[0]), int(columns[0])
+        cut = (slice(top, int(rows[-1]) + 1), slice(left, int(columns[-1]) + 1))
+        count, part = cv2.connectedComponents(np.ascontiguousarray(changed[cut]).view(np.uint8), connectivity=8)
+        row, column = click[0] - _TOKEN * y0 - top, click[1] - _TOKEN * x0 - left
+        near = tuple(slice(max(place - radius, 0), max(place + radius + 1, 0)) for place in (row, column))
         elsewhere = np.ones(count, np.bool_)
-        elsewhere[part[rows, columns]] = False
+        elsewhere[part[near]] = False
         elsewhere[0] = False
         if not elsewhere.any():
             return self
         kept = elsewhere[part]
         if certain < math.inf:
-            kept &= np.abs(now) <= certain
-        now[kept] = then[kept]
+            kept &= np.abs(now[cut]) <= certain
+        now[cut][kept] = then[cut][kept]
         return _Found(now, box)
 
     def _over(self, box: TokenBox) -> Float32:
@@ -636,7 +642,7 @@ class Segmenter:
             return ("shown", passes.keys[n], frame.size, tuple(clicks[: n + 1]))
 
         def show(n: int, before: _Found | None) -> _Shown:
-            drawn = self._drawn(pixels, found(n), coarse, frame, clicks[: n + 1])
+            drawn = self._drawn(pixels, found(n), before, coarse, frame, clicks[: n + 1])
             if late(n) and drawn is not None and before is not None:
                 with pixels.clock("click"):
                     drawn = drawn.changed_at(before, clicks[n], self.config.click_radius, CERTAIN)
@@ -644,13 +650,13 @@ class Segmenter:
 
         first = last
         known: _Shown | None = self._cache.get(key(last))
-        while known is None and first > 0 and late(first):
+        while known is None and first > 0:
             first -= 1
             known = self._cache.get(key(first))
         before: _Found | None = None
         if known is not None:
             first, before = first + 1, known.found
-        elif late(first) and (given := start.found()) is not None:
+        elif (given := start.found()) is not None:
             before = self._spread(given, coarse, frame)
         for n in range(first, last + 1):
             made: _Shown = self._cache.get_or_make(key(n), functools.partial(show, n, before))
@@ -663,22 +669,34 @@ class Segmenter:
         return None if spread is None else _Found(*spread)
 
     def _drawn(
-        self, pixels: _Pixels, found: _Found, coarse: Frame, frame: Frame, clicks: Sequence[ModelClick]
+        self,
+        pixels: _Pixels,
+        found: _Found,
+        before: _Found | None,
+        coarse: Frame,
+        frame: Frame,
+        clicks: Sequence[ModelClick],
     ) -> _Found | None:
-        """What was found in the coarse frame, in the one at T, with its outlines drawn again; None for nothing."""
+        """What was found in the coarse frame, in the one at T, with its outlines drawn again; None for nothing.
+
+        before  what was shown before the latest click
+        """
         with pixels.clock("click"):
             spread = refinement.spread(found.inside, found.box, coarse, frame)
             if spread is None:
                 return None
-            seen = refinement.look(spread, self._picture(pixels, frame), clicks)
-            if self._native_decoder() is None:
-                change = compute.run(lambda: self._model.draw(seen))
-            else:
+            shown = None if before is None else refinement.Spread(before.inside, before.box)
+            view = refinement.view(spread, shown, self._picture(pixels, frame), clicks)
+            draw = self._model.draw
+            if isinstance(draw, NativeOutline):
                 with self._first():
-                    change = self._model.draw(seen)
-            if not np.isfinite(change).all():
+                    logits, finite = draw.drawn(view)
+            else:
+                change = compute.run(lambda: draw(refinement.look(view)))
+                logits, finite = refinement.drawn(view, change).logits, bool(np.isfinite(change).all())
+            if not finite:
                 raise NumericError("The outline network's values are not finite.", "The weights may be damaged.")
-            return _Found(*refinement.drawn(spread, change))
+            return _Found(logits, view.box)
 
     @property
     def _outlines(self) -> bool:

@@ -1,8 +1,9 @@
 """`python -m train outline`: fit the network that draws the outlines of a checkpoint's masks; no other weight changes.
 
 Objects of the train split are clicked through as in evaluation. Of every answer is kept what had been found before its
-outline was drawn. Then small crops around outlines are cut out of what the network would have seen (refinement.py),
-disturbed, mirrored and turned, and it learns what it should have added to the logits.
+outline was drawn, and what was shown before its latest click. Then small crops around outlines are cut out of what the
+network would have seen (refinement.py), disturbed, mirrored and turned, and it learns what it should have added to the
+logits.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from inter2former.checkpoints import load_checkpoint
 from inter2former.errors import ConfigError, Inter2FormerError
 from inter2former.images import Frame
 from inter2former.nn.model import Inter2Former
-from inter2former.nn.outline import LOGITS, SCALE, WIDTHS, Outline
+from inter2former.nn.outline import BEFORE, LOGITS, SCALE, WIDTHS, Outline
 from inter2former.prompts import Click
 from inter2former.refinement import SIDE, SURE, Spread, TokenBox
 from inter2former.runtime.packing import pack as pack_model
@@ -46,6 +47,7 @@ WRONG = 0.5  # of the crops lie where something is wrong, the others anywhere at
 BENT, BEND = 0.3, (1.0, 5.0)  # of the crops so many have bent logits, by so many pixels
 NEAR = 2.5 / SCALE  # logits below are close to the outline, and count
 FAR_WEIGHT = 0.15  # of the others
+TENTHS = 10  # of a logit, in which what was shown is kept
 
 Float16 = npt.NDArray[np.float16]
 Float32 = npt.NDArray[np.float32]
@@ -60,6 +62,7 @@ class Answer(NamedTuple):
     logits   float16 [16 h, 16 w] in a box of the coarse frame's tokens
     clicks   pixels of the frame
     truth    bits of bool [H, W], see np.packbits
+    before   what was shown before the latest click: a PNG of its logits, and a box of the frame's tokens
     """
 
     picture: int
@@ -70,6 +73,11 @@ class Answer(NamedTuple):
     box: TokenBox
     clicks: tuple[tuple[int, int, bool], ...]
     truth: UInt8
+    before: tuple[UInt8, TokenBox] | None
+
+    def shown(self) -> Spread | None:
+        """Before the latest click."""
+        return None if self.before is None else Spread(_unpacked(self.before[0]), self.before[1])
 
     def found(self) -> Spread | None:
         return refinement.spread(self.logits.astype(np.float32), self.box, self.coarse, self.frame)
@@ -91,7 +99,7 @@ class _Watching(Segmenter):
         self.pictures, self.answers = [], []
         self._numbers: dict[tuple[str, int], int] = {}
 
-    def _drawn(self, pixels: Any, found: Any, coarse: Frame, frame: Frame, clicks: Any) -> Any:
+    def _drawn(self, pixels: Any, found: Any, before: Any, coarse: Frame, frame: Frame, clicks: Any) -> Any:
         number = self._numbers.setdefault((pixels.info.key, frame.size), len(self.pictures))
         if number == len(self.pictures):
             self.pictures.append(self._picture(pixels, frame))
@@ -99,9 +107,20 @@ class _Watching(Segmenter):
         if spread is not None:
             logits = spread.logits.clip(-SURE, SURE).astype(np.float16)
             truth = np.packbits(self.target.mask)
-            source = self.target.source
-            self.answers.append(Answer(number, source, frame, coarse, logits, spread.box, tuple(clicks), truth))
-        return super()._drawn(pixels, found, coarse, frame, clicks)
+            source, shown = self.target.source, None if before is None else (_packed(before.inside), before.box)
+            self.answers.append(Answer(number, source, frame, coarse, logits, spread.box, tuple(clicks), truth, shown))
+        return super()._drawn(pixels, found, before, coarse, frame, clicks)
+
+
+def _packed(logits: Float32) -> UInt8:
+    """As a PNG, to a tenth."""
+    grey = np.rint((logits.clip(-SURE, SURE) + np.float32(SURE)) * TENTHS).astype(np.uint8)
+    return np.asarray(cv2.imencode(".png", grey, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1])
+
+
+def _unpacked(png: UInt8) -> Float32:
+    grey = np.asarray(cv2.imdecode(png, cv2.IMREAD_GRAYSCALE), np.float32)
+    return grey / np.float32(TENTHS) - np.float32(SURE)
 
 
 def collect(
@@ -146,7 +165,7 @@ def crop(answer: Answer, picture: UInt8, rng: np.random.Generator) -> Crop | Non
     found = answer.found()
     if found is None:
         return None
-    seen = refinement.look(found, picture, answer.clicks, SIDE * rng.uniform(*NEARER))
+    seen = refinement.look(refinement.view(found, answer.shown(), picture, answer.clicks, SIDE * rng.uniform(*NEARER)))
     height, width = seen.shape[1:]
     left, top = 16 * found.box[0], 16 * found.box[1]
     rows, columns = found.logits.shape
@@ -170,6 +189,8 @@ def crop(answer: Answer, picture: UInt8, rng: np.random.Generator) -> Crop | Non
     seen, truth, shown = (_cut(maps, parts) for maps in (seen, truth, shown))
     beyond = _cut(np.ones((height, width), np.float32), parts) == 0
     seen[LOGITS][beyond] = -SURE / SCALE
+    if answer.before is not None:
+        seen[BEFORE][beyond] = -SURE / SCALE
     shade = rng.uniform(0.8, 1.2), rng.normal(0, 0.15, (3, 1, 1)) + rng.normal(0, 0.2)
     seen[:3] = (seen[:3] * shade[0] + shade[1]) * shown
     turns, mirrored = int(rng.integers(4)), rng.random() < 0.5
@@ -290,10 +311,10 @@ def ious(model: Inter2Former, pictures: Sequence[UInt8], answers: Sequence[Answe
         spread = answer.found()
         if spread is None:
             continue
-        seen = refinement.look(spread, pictures[answer.picture], answer.clicks)
+        view = refinement.view(spread, answer.shown(), pictures[answer.picture], answer.clicks)
         masks = (
             answer.frame.mask_from_logits(torch.from_numpy(logits), spread.box)
-            for logits in (spread.logits, refinement.drawn(spread, model.draw(seen)).logits)
+            for logits in (spread.logits, refinement.drawn(view, model.draw(refinement.look(view))).logits)
         )
         truth = answer.mask()
         before, after = (evaluation.iou(mask, truth) for mask in masks)

@@ -2,8 +2,9 @@
 
 The decoder finds the object; most of what is wrong after a few clicks lies within three pixels of the outline. What is
 needed there is no idea of the object but a close look at colours. So this looks at a crop of the photo together with
-the logits that were found and the clicks, and says what the logits should have been. How crops are cut is
-refinement.py's; `python -m train outline` fits the weights here, with those of the rest as they are.
+the logits that were found, those shown before the latest click, and the clicks, and says what the logits should be.
+How crops are cut is refinement.py's; `python -m train outline` fits the weights here, with those of the rest as they
+are.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import itertools
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CHANNELS = 7  # colours, logits / 4, their chance, positive clicks, negative clicks
-LOGITS = 3  # the channel
+# Colours; logits / 4, their chance; positive clicks, negative clicks; what was shown before the latest click, as
+# logits / 4 and their chance, zeros when there was nothing; the latest click.
+CHANNELS = 10
+LOGITS, CLICKS, BEFORE, LATEST = 3, 5, 7, 9
 SCALE = 4.0  # of logits
 HALVINGS = 4  # sides are multiples of 2 ** HALVINGS
 WIDTHS = (24, 48, 64, 64)  # of the starter: channels at strides 2, 4, 8 and 16
@@ -72,4 +75,17 @@ def _units(width: int, count: int) -> nn.Sequential:
     return nn.Sequential(*(Unit(width) for _ in range(count)))
 
 
-__all__ = ["CHANNELS", "DOWN", "HALVINGS", "LOGITS", "SCALE", "UP", "WIDTHS", "Outline", "Unit"]
+__all__ = [
+    "BEFORE",
+    "CHANNELS",
+    "CLICKS",
+    "DOWN",
+    "HALVINGS",
+    "LATEST",
+    "LOGITS",
+    "SCALE",
+    "UP",
+    "WIDTHS",
+    "Outline",
+    "Unit",
+]

@@ -25,7 +25,7 @@ from inter2former.nn import attention
 from inter2former.nn.experts import HybridExperts
 from inter2former.nn.prompt_embedding import PixelBox
 
-INTERFACE = 9  # of csrc/bindings.cpp; a module of another version is not used
+INTERFACE = 10  # of csrc/bindings.cpp; a module of another version is not used
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,5 @@
-"""The outline network in one native call, with its batch norms folded; its twin is nn/outline.py."""
+"""The outline network and what it looks at in one native call, with its batch norms folded; the twins are
+nn/outline.py and `look` and `drawn` of refinement.py."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ import numpy.typing as npt
 import torch
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from inter2former.nn.outline import DOWN, UP, Outline
+from inter2former.images import MEAN, STD
+from inter2former.nn.outline import DOWN, SCALE, UP, Outline
+from inter2former.refinement import BLOB, FAR, SURE, View
 
 Float32 = npt.NDArray[np.float32]
 
@@ -27,6 +30,15 @@ class NativeOutline:
     def __call__(self, x: Float32) -> Float32:
         """x float32 [CHANNELS, h, w] -> what is to be added to the logits, [h, w]."""
         out: Float32 = self._native.forward(x)
+        return out
+
+    def drawn(self, view: View) -> tuple[Float32, bool]:
+        """The logits of a view with what is to be added to them, float32 [H, W], and whether that is finite."""
+        logits, before = (None if part is None else np.ascontiguousarray(part) for part in (view.logits, view.before))
+        rules = SURE, SCALE, BLOB, FAR, MEAN, STD
+        out: tuple[Float32, bool] = self._native.draw(
+            logits, before, view.picture, view.shape, view.shown, view.clicks, *rules
+        )
         return out
 
 

@@ -56,10 +56,12 @@ def image() -> evaluation.Image:
 def test_untrained_it_changes_nothing() -> None:
     assert not Outline(WIDTHS).eval()(torch.randn(2, CHANNELS, 32, 48)).any()
     image = make_image(256, 256)  # as large as its frame: no logits between pixels
-    plain = Segmenter(make_tiny_model(dataclasses.replace(DRAWING, outline_widths=())), model_size=256)
-    drawn = Segmenter(make_tiny_model(DRAWING), model_size=256).segment(image, CLICKS)
+    model = make_tiny_model(DRAWING)
+    drawn = Segmenter(model, model_size=256).segment(image, CLICKS)
+    model.config = dataclasses.replace(DRAWING, outline_widths=())
+    plain = Segmenter(model, model_size=256).segment(image, CLICKS)
     assert drawn.mask.any()
-    assert np.array_equal(drawn.mask, plain.segment(image, CLICKS).mask)
+    assert np.array_equal(drawn.mask, plain.mask)
 
 
 @pytest.mark.parametrize("size", [256, 512])
@@ -176,7 +178,7 @@ def invented(n: int, seed: int = 0) -> tuple[list[np.ndarray], list[Answer]]:
         logits = np.where(found, np.float16(2), np.float16(-2))
         clicks = ((int(y), int(x), True),)
         answers.append(
-            Answer(number, f"s{number % 2}", frame, frame, logits, (0, 0, 16, 16), clicks, np.packbits(truth))
+            Answer(number, f"s{number % 2}", frame, frame, logits, (0, 0, 16, 16), clicks, np.packbits(truth), None)
         )
     return pictures, answers
 
@@ -230,9 +232,11 @@ def test_answers_are_those_that_were_drawn(image: evaluation.Image) -> None:
     assert np.array_equal(answers[0].mask(), truth)
     assert [len(answer.clicks) for answer in answers[:2]] == [1, 2]
     found = Segmenter(pack(drawing())).segment(image, [evaluation.next_click(np.zeros_like(truth), truth)])
-    spread = answers[0].found()
-    assert spread is not None
     assert found.model_size == answers[0].frame.size
+    assert answers[0].shown() is None
+    shown, logits = answers[1].shown(), found.logits()
+    assert shown is not None
+    assert np.array_equal(answers[1].frame.mask_from_logits(torch.from_numpy(shown.logits), shown.box), logits > 0)
 
 
 # -- the file and the command ------------------------------------------------------------------------------------------

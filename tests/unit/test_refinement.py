@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inter2former.images import MEAN, OUTSIDE, STD, Frame
-from inter2former.nn.outline import CHANNELS, LOGITS, SCALE
-from inter2former.refinement import SIDE, SURE, Float32, Spread, TokenBox, drawn, look, spread
+from inter2former.nn.outline import BEFORE, CHANNELS, CLICKS, LATEST, LOGITS, SCALE
+from inter2former.refinement import SIDE, SURE, Float32, Spread, TokenBox, drawn, look, spread, view
 
 
 def disc(frame: Frame, y: float, x: float, radius: float) -> tuple[Float32, TokenBox]:
@@ -78,7 +78,7 @@ def patterned(rows: int, columns: int) -> np.ndarray:
 def test_an_object_as_large_as_a_crop_is_seen_pixel_by_pixel() -> None:
     found = Spread(np.linspace(-90, 90, SIDE * 160, dtype=np.float32).reshape(SIDE, 160), (3, 2, 13, 18))
     picture = patterned(300, 400)
-    seen = look(found, picture, [(40, 60, True), (90, 100, False), (900, 900, True)])
+    seen = look(view(found, None, picture, [(40, 60, True), (90, 100, False), (900, 900, True)]))
     assert seen.shape == (CHANNELS, SIDE, 160)
     colours = seen[:3].transpose(1, 2, 0) * np.array(STD) + np.array(MEAN)
     assert np.allclose(colours, picture[32 : 32 + SIDE, 48:208], atol=1e-3)
@@ -86,12 +86,12 @@ def test_an_object_as_large_as_a_crop_is_seen_pixel_by_pixel() -> None:
     assert np.allclose(
         np.log(seen[LOGITS + 1] / (1 - seen[LOGITS + 1]))[120:140], SCALE * seen[LOGITS][120:140], atol=1e-2
     )
-    for channel, at in ((LOGITS + 2, (8, 12)), (LOGITS + 3, (58, 52))):
+    for channel, at in ((CLICKS, (8, 12)), (CLICKS + 1, (58, 52))):
         assert np.unravel_index(seen[channel].argmax(), seen[channel].shape) == at
         assert seen[channel][at] == 1
     change = np.ones((SIDE, 160), np.float32)
-    assert np.array_equal(drawn(found, change).logits, found.logits.clip(-SURE, SURE) + 1)
-    assert drawn(found, change).box == found.box
+    assert np.array_equal(drawn(view(found, None, picture, []), change).logits, found.logits.clip(-SURE, SURE) + 1)
+    assert drawn(view(found, None, picture, []), change).box == found.box
 
 
 @settings(deadline=None, max_examples=60)
@@ -105,20 +105,21 @@ def test_whatever_was_found_fits_the_network(box: TokenBox, rows: int, columns: 
     left, top, wide, high = box
     right, bottom = min(left + wide, 64), min(top + high, 64)
     found = Spread(np.full((16 * (bottom - top), 16 * (right - left)), 2, np.float32), (left, top, right, bottom))
-    seen = look(found, patterned(rows, columns), [(16 * top, 16 * left, True)], side)
+    seen = look(view(found, None, patterned(rows, columns), [(16 * top, 16 * left, True)], side))
     h, w = seen.shape[1:]
     assert h % 16 == w % 16 == 0
     assert 16 <= min(h, w) <= max(h, w) <= side + 8
     assert np.isfinite(seen).all()
-    assert seen[LOGITS + 2].max() > 0.5
-    changed = drawn(found, np.full((h, w), -3, np.float32))
+    assert seen[CLICKS].max() > 0.5
+    assert np.array_equal(seen[CLICKS], seen[LATEST])
+    changed = drawn(view(found, None, patterned(rows, columns), [], side), np.full((h, w), -3, np.float32))
     assert changed.logits.shape == found.logits.shape
     assert np.allclose(changed.logits, -1)
 
 
 def test_beyond_the_picture_there_is_nothing_to_be_seen() -> None:
     found = Spread(np.full((64, 64), 1, np.float32), (0, 0, 4, 4))
-    seen = look(found, np.full((40, 30, 3), 255, np.uint8), [])  # twice as large in the crop
+    seen = look(view(found, None, np.full((40, 30, 3), 255, np.uint8), []))  # twice as large in the crop
     assert seen.shape[1:] == (128, 128)
     assert (seen[:3, :80, :60] > 1).all()
     assert not seen[:3, 80:].any()
@@ -128,5 +129,30 @@ def test_beyond_the_picture_there_is_nothing_to_be_seen() -> None:
 @pytest.mark.parametrize("positive", [True, False])
 def test_clicks_on_one_place_do_not_add_up(positive: bool) -> None:
     found = Spread(np.full((64, 64), 1, np.float32), (0, 0, 4, 4))
-    once, twice = (look(found, patterned(64, 64), n * [(30, 31, positive)]) for n in (1, 2))
+    once, twice = (look(view(found, None, patterned(64, 64), n * [(30, 31, positive)])) for n in (1, 2))
     assert np.array_equal(once, twice)
+
+
+@pytest.mark.parametrize("box", [(3, 2, 13, 18), (2, 2, 8, 11), (5, 9, 20, 22), (13, 0, 20, 20)])
+def test_what_was_shown_before_is_seen_where_it_was(box: TokenBox) -> None:
+    found = Spread(np.full((SIDE, 160), 1, np.float32), (3, 2, 13, 18))
+    left, top, right, bottom = (16 * side for side in box)
+    frame = np.full((400, 400), OUTSIDE, np.float32)
+    frame[top:bottom, left:right] = np.linspace(-3, 20, right - left, dtype=np.float32)
+    seen = look(view(found, Spread(frame[top:bottom, left:right], box), patterned(300, 400), []))
+    assert np.allclose(seen[BEFORE] * SCALE, frame[32 : 32 + SIDE, 48:208].clip(-SURE, SURE), atol=1e-5)
+    assert np.allclose(seen[BEFORE + 1], 1 / (1 + np.exp(-SCALE * seen[BEFORE])), atol=1e-5)
+    nothing = look(view(found, None, patterned(300, 400), []))
+    assert not nothing[BEFORE : BEFORE + 2].any()
+    assert np.array_equal(nothing[:BEFORE], seen[:BEFORE])
+
+
+def test_the_latest_click_is_told_from_the_others() -> None:
+    found = Spread(np.full((64, 64), 1, np.float32), (0, 0, 4, 4))
+    clicks = [(10, 11, True), (40, 41, False), (20, 50, True)]
+    for n in range(1, 4):
+        seen = look(view(found, None, patterned(64, 64), clicks[:n]))
+        alone = look(view(found, None, patterned(64, 64), clicks[n - 1 : n]))
+        assert np.array_equal(seen[LATEST], alone[LATEST])
+        assert np.array_equal(alone[LATEST], alone[CLICKS if clicks[n - 1][2] else CLICKS + 1])
+    assert not look(view(found, None, patterned(64, 64), []))[LATEST].any()
