@@ -107,6 +107,23 @@ class Outline:
         """Weight and bias of each convolution, in the order of csrc/outline.h; units at each stride."""
     def forward(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """x [C, h, w] -> [h, w]."""
+    def draw(
+        self,
+        logits: npt.NDArray[np.float32],
+        before: npt.NDArray[np.float32] | None,
+        picture: npt.NDArray[np.uint8],
+        shape: tuple[int, int],
+        shown: tuple[int, int],
+        clicks: npt.NDArray[np.float32],
+        sure: float,
+        scale: float,
+        blob: float,
+        far: float,
+        mean: Sequence[float],
+        deviation: Sequence[float],
+    ) -> tuple[npt.NDArray[np.float32], bool]:
+        """Logits and before [H, W], picture [.., .., 3], clicks [n, 3] of (y, x, positive) in the crop [h, w] ->
+        logits with what is added to them, and whether that is finite."""
     @property
     def isa(self) -> str: ...
     @property
