@@ -766,6 +766,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     m.def("instruction_sets", &instruction_sets, py::arg("precision") = "float32");
     m.def("threads", &i2f::threads);
     m.def("set_threads", &set_threads, py::arg("count"));
+    m.def("limit_threads", &i2f::limit_threads, py::arg("count"));
     m.def("edge_tokens", &edge_tokens, py::arg("reference"), py::arg("box"), py::arg("constant_is_edge") = false,
           py::arg("patch") = 16, py::arg("isa") = "auto");
     m.def("apply_prediction", &apply_prediction, py::arg("state"), py::arg("prediction"), py::arg("isa") = "auto");

@@ -1,5 +1,6 @@
 #include "thread_pool.h"
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -118,6 +119,7 @@ struct Pool {
 };
 
 std::atomic<int> wanted{1};
+thread_local int own_limit = 0;
 
 struct Pools {
     Pool click;
@@ -148,8 +150,11 @@ int threads() { return wanted.load(); }
 
 void set_threads(int count) { wanted.store(count); }
 
+void limit_threads(int count) { own_limit = count; }
+
 void parallel(std::int64_t items, int limit, Work work, void* context, Lane lane) {
-    const int count = threads() < limit ? threads() : limit;
+    int count = std::min(threads(), limit);
+    if (own_limit > 0) count = std::min(count, own_limit);
     Job job{work, context, items, count - 1};
     Pool* const shared = count > 1 && items > 1 ? pool(lane) : nullptr;
     std::unique_lock<std::mutex> busy;

@@ -5,7 +5,8 @@
 //
 // Items are independent and each is computed by exactly one thread, so results do not depend on the number of
 // threads. A call that finds its pool busy with another call runs alone, on its own thread: many callers share the
-// cores instead of queueing for them.
+// cores instead of queueing for them. Callers that know of each other take less from the start (limit_threads): who has
+// all workers takes the others' cores away from them, and then waits for whoever got one back.
 //
 // Images have a pool of their own, so that clicks find theirs free while one is encoded, and because workers have the
 // priority of the thread that started them: a server that encodes behind clicks does so with all of these threads.
@@ -19,6 +20,9 @@ using Work = void (*)(void* context, std::int64_t item, int worker);  // must no
 
 int threads();
 void set_threads(int count);  // count >= 1, the caller's thread included
+
+// Of calls from this thread, from now on; 0 for no limit but the setting.
+void limit_threads(int count);
 
 enum class Lane { click, image };
 

@@ -13,6 +13,8 @@ def instruction_sets(precision: str = "float32") -> list[tuple[str, str, str]]:
 
 def threads() -> int: ...
 def set_threads(count: int) -> None: ...
+def limit_threads(count: int) -> None:
+    """Of calls from this thread, from now on; 0 for no limit but the setting."""
 def edge_tokens(
     reference: npt.NDArray[np.uint8],
     box: tuple[int, int, int, int],

@@ -87,8 +87,8 @@ class Backend:
         self._settings = settings
         self._projects = Projects(settings)
         self._images = TaskImages(settings, self._projects, fetcher)
-        # Of clicks: one a core, and one more for whoever is in Python. The first has all threads, those beside it one
-        # each: together they are answered sooner than one after the other.
+        # Of clicks: one a core, and one more for whoever is in Python. They share the threads: together they are
+        # answered sooner than one after the other.
         at_once = min(native.status().threads + 1, AT_ONCE)
         self._admission = Admission(running=at_once, waiting=places - 1, wait_s=wait_s)
         self._encodes = Admission(running=1, waiting=places - 1, wait_s=wait_s)

@@ -10,7 +10,8 @@ import dataclasses
 import importlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Literal
 
@@ -103,6 +104,20 @@ def set_threads(count: int) -> None:
     module, _ = _load()
     if module is not None:
         module.set_threads(count)
+
+
+@contextmanager
+def among(callers: int) -> Iterator[None]:
+    """Inside, this thread's native calls take their part of the threads, as one of so many callers."""
+    module, _ = _load()
+    if module is None:
+        yield
+        return
+    module.limit_threads(max(module.threads() // callers, 1))
+    try:
+        yield
+    finally:
+        module.limit_threads(0)
 
 
 def experts(

@@ -68,7 +68,8 @@ def test_r35_pytorch_serves_without_the_module(
     with caplog.at_level(logging.WARNING):
         status = native.status()
         native.set_threads(2)
-        same_answers()
+        with native.among(2):
+            same_answers()
     assert not status.available
     assert status.instruction_set == ""
     assert reason in status.error

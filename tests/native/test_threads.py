@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from inter2former import _native
+from inter2former.runtime import native
 from tests.native.support import make, tokens, weights
 
 
@@ -28,6 +29,18 @@ def test_r2_concurrent_callers_each_get_their_own_answer() -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(ask, range(8)))
+
+
+def test_r2_callers_that_share_the_threads_get_the_same_answers() -> None:
+    packed = _native.HybridExperts(weights(make(64, 32, 6)))
+    x, edge = (t.numpy() for t in tokens(700, 64))
+    want = packed.forward(x, edge)
+    for threads in (1, 2, 3):
+        _native.set_threads(threads)
+        for callers in (1, 2, 5):
+            with native.among(callers):
+                assert np.array_equal(packed.forward(x, edge), want)
+        assert np.array_equal(packed.forward(x, edge), want)
 
 
 def test_r34_the_number_of_threads_may_change_under_load() -> None:
