@@ -15,6 +15,7 @@ def threads() -> int: ...
 def set_threads(count: int) -> None: ...
 def limit_threads(count: int) -> None:
     """Of calls from this thread, from now on; 0 for no limit but the setting."""
+
 def edge_tokens(
     reference: npt.NDArray[np.uint8],
     box: tuple[int, int, int, int],
