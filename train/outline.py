@@ -348,6 +348,7 @@ def command(
     data: Annotated[Path, typer.Option(help="A pack with the splits train and val.")],
     out: Annotated[Path, typer.Option(help="The checkpoint to write; may be the same file.")],
     limit: Annotated[int, typer.Option(min=1, help="Objects a source to fit on.")] = 100,
+    clicks: Annotated[int, typer.Option(min=1, help="An object.")] = CLICKS,
     val_limit: Annotated[int, typer.Option(min=1, help="Objects a source to report on.")] = 5,
     steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")] = STEPS,
     width: Annotated[
@@ -373,7 +374,7 @@ def command(
             def answers(split: str, n: int) -> tuple[list[UInt8], list[Answer]]:
                 refs = pack.choose(split, n)
                 with score_progress(len(refs), f"{split}, answers") as advance:
-                    return collect(packed, pack.targets(refs), on_score=advance)
+                    return collect(packed, pack.targets(refs), clicks, on_score=advance)
 
             held_out, seen = answers("val", val_limit), answers("train", limit)
 
@@ -381,7 +382,7 @@ def command(
             return track(numbers, description="outlines", disable=as_json)
 
         fit(learnt, *seen, steps=steps, seed=seed, progress=shown)
-        facts: dict[str, Any] = {"objects a source": limit, "answers": len(seen[1]), "steps": steps}
+        facts = {"objects a source": limit, "clicks": clicks, "answers": len(seen[1]), "steps": steps}
         digest = write(checkpoint, out, learnt, widths, facts)
         figures = ious(load_checkpoint(out).model, *held_out)
     except (Inter2FormerError, OSError) as error:
