@@ -36,6 +36,7 @@ from inter2former.nn.outline import WIDTHS
 from inter2former.runtime import native
 from inter2former.runtime.decoder import FusedDecoder
 from inter2former.runtime.memory import keep_freed_memory
+from inter2former.runtime.outline import NativeOutline
 from inter2former.runtime.packing import pack
 from inter2former.terminal import print_rows
 
@@ -116,13 +117,15 @@ def redrawing(packed: Inter2Former, coarse: Frame, frame: Frame) -> Action:
     inside = np.where(disc(coarse.size, AREA), np.float32(3), np.float32(-3))[top:bottom, left:right].copy()
     seen = frame.picture(picture(frame.size, 7))
     middle = frame.size // 2
+    draw: Any = packed.draw
+    assert isinstance(draw, NativeOutline)  # where the native module is
 
     def redraw() -> object:
         spread = refinement.spread(inside, box, coarse, frame)
         assert spread is not None
-        change = packed.draw(refinement.look(spread, seen, [(middle, middle, True)]))
-        drawn = refinement.drawn(spread, change)
-        return frame.mask_from_logits(torch.from_numpy(drawn.logits), drawn.box)
+        view = refinement.view(spread, spread, seen, [(middle, middle, True)])
+        logits, _ = draw.drawn(view)
+        return frame.mask_from_logits(torch.from_numpy(logits), view.box)
 
     return redraw
 
