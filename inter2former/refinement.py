@@ -114,7 +114,9 @@ def view(
         for row, column, positive in clicks
     ]
     made = np.asarray(places, np.float32).reshape(-1, 3)
-    known = None if before is None else _over(before, found.box)
+    known = None
+    if before is not None:
+        known = before.logits if before.box == found.box else over(before, found.box)
     return View(found.logits, known, found.box, part, (h, w), shown, made)
 
 
@@ -154,10 +156,8 @@ def _put_click(chart: Float32, y: float, x: float) -> None:
         np.maximum(blob, np.exp(away.astype(np.float32) / np.float32(-2 * BLOB**2)), out=blob)
 
 
-def _over(spread: Spread, box: TokenBox) -> Float32:
-    """The logits of a box, float32 [16 h, 16 w]."""
-    if spread.box == box:
-        return spread.logits
+def over(spread: Spread, box: TokenBox) -> Float32:
+    """The logits of another box, a copy, float32 [16 h, 16 w]."""
     logits = np.full([_TOKEN * (box[side + 2] - box[side]) for side in (1, 0)], OUTSIDE, np.float32)
     x0, y0, x1, y1 = (pick(a, b) for pick, a, b in zip((max, max, min, min), box, spread.box, strict=True))
     if x0 < x1 and y0 < y1:
@@ -188,4 +188,4 @@ def _resized(values: Float32, shape: tuple[int, ...], how: int) -> Float32:
     return values if same else np.asarray(cv2.resize(values, (width, height), interpolation=how), np.float32)
 
 
-__all__ = ["BLOB", "FAR", "SIDE", "SURE", "Spread", "View", "drawn", "look", "spread", "view"]
+__all__ = ["BLOB", "FAR", "SIDE", "SURE", "Spread", "View", "drawn", "look", "over", "spread", "view"]

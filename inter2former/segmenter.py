@@ -172,7 +172,7 @@ class _Found:
         """
         x0, y0, x1, y1 = (pick(a, b) for pick, a, b in zip((min, min, max, max), self.box, before.box, strict=True))
         box = (x0, y0, x1, y1)
-        now, then = self._over(box), before._over(box)
+        now, then = refinement.over(self.spread, box), refinement.over(before.spread, box)
         changed = (now > 0) != (then > 0)
         rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
         if len(rows) == 0:
@@ -193,13 +193,9 @@ class _Found:
         now[cut][kept] = then[cut][kept]
         return _Found(now, box)
 
-    def _over(self, box: TokenBox) -> Float32:
-        """The logits of a box that holds this one's, a copy."""
-        left, top, right, bottom = box
-        logits = np.full((_TOKEN * (bottom - top), _TOKEN * (right - left)), OUTSIDE, np.float32)
-        x0, y0, x1, y1 = (_TOKEN * side for side in self.box)
-        logits[y0 - _TOKEN * top : y1 - _TOKEN * top, x0 - _TOKEN * left : x1 - _TOKEN * left] = self.inside
-        return logits
+    @property
+    def spread(self) -> refinement.Spread:
+        return refinement.Spread(self.inside, self.box)
 
     def without_teeth(self) -> _Found:
         """With outlines that are smooth at the scale of a model pixel."""
@@ -699,7 +695,7 @@ class Segmenter:
             spread = refinement.spread(found.inside, found.box, coarse, frame)
             if spread is None:
                 return None
-            shown = None if before is None else refinement.Spread(before.inside, before.box)
+            shown = None if before is None else before.spread
             view = refinement.view(spread, shown, self._picture(pixels, frame), clicks)
             draw = self._model.draw
             if isinstance(draw, NativeOutline):
