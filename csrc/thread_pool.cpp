@@ -126,23 +126,17 @@ struct Pools {
     Pool image;
 };
 
-// Never destroyed: workers may outlive static destructors. After a fork the child has no workers and possibly
-// locked mutexes, so it gets fresh pools.
-Pools*& pools() {
-    static Pools* instance = [] {
-#if defined(__unix__) || defined(__APPLE__)
-        pthread_atfork(nullptr, nullptr, [] { pools() = new (std::nothrow) Pools; });
-#endif
-        return new Pools;
-    }();
-    return instance;
-}
+// Never destroyed: workers may outlive static destructors. After a fork the child has no workers and possibly locked
+// mutexes, so it gets fresh pools, in the same place: at that moment nothing may be allocated, for the lock of the
+// allocator may be held by a thread that is no more.
+alignas(Pools) unsigned char storage[sizeof(Pools)];
 
-Pool* pool(Lane lane) {
-    Pools* const both = pools();
-    if (both == nullptr) return nullptr;  // no memory after a fork
-    return lane == Lane::click ? &both->click : &both->image;
-}
+Pools* const pools = [] {
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork(nullptr, nullptr, [] { new (storage) Pools; });
+#endif
+    return new (storage) Pools;
+}();
 
 }  // namespace
 
@@ -156,28 +150,28 @@ void parallel(std::int64_t items, int limit, Work work, void* context, Lane lane
     int count = std::min(threads(), limit);
     if (own_limit > 0) count = std::min(count, own_limit);
     Job job{work, context, items, count - 1};
-    Pool* const shared = count > 1 && items > 1 ? pool(lane) : nullptr;
-    std::unique_lock<std::mutex> busy;
-    if (shared != nullptr) busy = std::unique_lock<std::mutex>(shared->busy, std::try_to_lock);
+    Pool& shared = lane == Lane::click ? pools->click : pools->image;
+    std::unique_lock<std::mutex> busy(shared.busy, std::defer_lock);
+    if (count > 1 && items > 1) (void)busy.try_lock();
     if (!busy.owns_lock()) {
         job.run(0);
         return;
     }
-    if (static_cast<int>(shared->workers.size()) != threads() - 1) shared->resize(threads() - 1);
-    shared->keep_off_callers_core();
+    if (static_cast<int>(shared.workers.size()) != threads() - 1) shared.resize(threads() - 1);
+    shared.keep_off_callers_core();
     {
-        const std::lock_guard<std::mutex> lock(shared->mutex);
-        shared->job = &job;
-        ++shared->changes;
+        const std::lock_guard<std::mutex> lock(shared.mutex);
+        shared.job = &job;
+        ++shared.changes;
     }
-    shared->wake.notify_all();
+    shared.wake.notify_all();
     job.run(0);
-    std::unique_lock<std::mutex> lock(shared->mutex);
-    shared->job = nullptr;  // nobody joins from here on
+    std::unique_lock<std::mutex> lock(shared.mutex);
+    shared.job = nullptr;  // nobody joins from here on
     lock.unlock();
     look_for([&] { return job.active.load(std::memory_order_relaxed) == 0; });
     lock.lock();
-    shared->done.wait(lock, [&] { return job.active == 0; });
+    shared.done.wait(lock, [&] { return job.active == 0; });
 }
 
 }  // namespace i2f
