@@ -136,7 +136,7 @@ struct Kernels {
     const char* name;
     const char* sentence;
     std::int64_t lanes;  // L
-    std::int64_t tile;   // rows of the register tile
+    std::int64_t tile;   // rows of the register tile of `ffn`
 
     // out = g(x), or out = share[i] * out + (1 - share[i]) * g(x) where share is given.
     void (*ffn)(const FfnWeights& weights, const Rows& rows, const float* share, float* scratch);
@@ -211,6 +211,7 @@ extern const Kernels kPortableBf16;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Bf16;
+extern const Kernels kAmx;
 #endif
 
 }  // namespace i2f
