@@ -19,6 +19,7 @@
 #include "convolution.h"
 #include "decoder.h"
 #include "dispatch.h"
+#include "encoder_block.h"
 #include "evidence.h"
 #include "hmoe.h"
 #include "outline.h"
@@ -26,13 +27,15 @@
 #include "reference_mask.h"
 #include "small_parts.h"
 #include "thread_pool.h"
+#include "window_attention.h"
 
 namespace py = pybind11;
 
 namespace {
 
-constexpr int kInterface = 10;  // runtime/native.py asks for exactly this
+constexpr int kInterface = 11;  // runtime/native.py asks for exactly this
 constexpr std::int64_t kMaxSide = 1 << 20;
+constexpr std::int64_t kMaxBlockSide = 1 << 14;  // of an encoder block's weights
 constexpr int kMaxThreads = 1024;
 
 std::string shape_text(const std::vector<std::int64_t>& shape) {
@@ -126,6 +129,17 @@ const i2f::Kernels& kernels_named(const std::string& isa, const std::string& pre
         if (path.reason.empty()) usable += ", " + path.name;
     }
     throw py::value_error("Unknown instruction set '" + isa + "'; here: " + usable + ".");
+}
+
+// The weights of a dict that outlives it, which keeps them alive.
+i2f::GetWeight weights_of(const py::dict& weights) {
+    return [&weights](const std::string& name, const std::vector<std::int64_t>& shape) {
+        if (!weights.contains(name)) throw py::value_error("Weight '" + name + "' is missing.");
+        const auto array = typed<float>(weights[py::str(name)], name, static_cast<py::ssize_t>(shape.size()));
+        require_shape(array, name, shape);
+        require_contiguous(array, name);
+        return array.data();
+    };
 }
 
 class HybridExperts {
@@ -393,14 +407,7 @@ private:
             experts.push_back(HybridExperts::pack(part, kernels));
             if (experts.back().width() != s.width) throw py::value_error("The experts are not embed_dim wide.");
         }
-        const i2f::GetWeight get = [&](const std::string& name, const std::vector<std::int64_t>& shape) {
-            if (!weights.contains(name)) throw py::value_error("Weight '" + name + "' is missing.");
-            const auto array = typed<float>(weights[py::str(name)], name, static_cast<py::ssize_t>(shape.size()));
-            require_shape(array, name, shape);
-            require_contiguous(array, name);
-            return array.data();  // the dict keeps it alive
-        };
-        return std::make_unique<i2f::Decoder>(get, s, std::move(experts), kernels);
+        return std::make_unique<i2f::Decoder>(weights_of(weights), s, std::move(experts), kernels);
     }
 
     std::unique_ptr<i2f::Decoder> decoder_;
@@ -651,6 +658,114 @@ private:
     std::unique_ptr<i2f::Convolution> convolution_;
 };
 
+class EncoderBlock {
+public:
+    // weights: as the state dict of nn/encoder.py's Block names them
+    EncoderBlock(const py::dict& weights, const std::string& isa, const std::string& precision)
+        : block_(make(weights, kernels_named(isa, precision))) {}
+
+    // x [rows, C] -> [rows, 3 C]
+    py::array_t<float> project(const py::object& x_object) const {
+        const auto x = rows_of(x_object, "x");
+        py::array_t<float> qkv(std::vector<py::ssize_t>{x.shape(0), 3 * x.shape(1)});
+        float* const out = qkv.mutable_data();
+        {
+            const py::gil_scoped_release unlocked;
+            block_->project(x.data(), x.shape(0), out);
+        }
+        return qkv;
+    }
+
+    // x, attended [rows, C]; x is changed
+    void finish(const py::object& x_object, const py::object& attended_object) const {
+        auto x = rows_of(x_object, "x");
+        const auto attended = rows_of(attended_object, "attended");
+        require_shape(attended, "attended", shape_of(x));
+        if (!x.writeable()) throw py::value_error("x is read-only.");
+        float* const out = x.mutable_data();
+        {
+            const py::gil_scoped_release unlocked;
+            block_->finish(out, attended.data(), x.shape(0));
+        }
+    }
+
+    std::string isa() const { return block_->kernels().name; }
+    std::size_t nbytes() const { return block_->bytes(); }
+
+private:
+    py::array_t<float> rows_of(const py::object& object, const char* name) const {
+        const auto rows = typed<float>(object, name, 2);
+        require_shape(rows, name, {rows.shape(0), block_->width()});
+        require_contiguous(rows, name);
+        return rows;
+    }
+
+    static std::unique_ptr<i2f::EncoderBlock> make(const py::dict& weights, const i2f::Kernels& kernels) {
+        const char* const sides = "fc1.weight";  // [hidden, C]
+        if (!weights.contains(sides)) throw py::value_error(std::string("Weight '") + sides + "' is missing.");
+        const auto fc1 = typed<float>(weights[sides], sides, 2);
+        const std::int64_t hidden = fc1.shape(0);
+        const std::int64_t width = fc1.shape(1);
+        if (hidden < 1 || hidden > kMaxBlockSide || width < 1 || width > kMaxBlockSide) {
+            throw py::value_error("Sides of fc1.weight must be in 1.." + std::to_string(kMaxBlockSide) + ", not " +
+                                  shape_text(shape_of(fc1)) + ".");
+        }
+        return std::make_unique<i2f::EncoderBlock>(width, hidden, weights_of(weights), kernels);
+    }
+
+    std::unique_ptr<i2f::EncoderBlock> block_;
+};
+
+class WindowAttention {
+public:
+    // cosines, sines [side * side, a / 2]
+    WindowAttention(std::int64_t side, std::int64_t heads, const py::object& cosines_object, const py::object& sines_object,
+                    const std::string& isa, const std::string& precision) {
+        const auto cosines = typed<float>(cosines_object, "cosines", 2);
+        const auto sines = typed<float>(sines_object, "sines", 2);
+        const std::int64_t half = cosines.shape(1);
+        if (side < 1 || side > 256 || heads < 1 || heads > 256 || half < 1 || half > 512) {
+            throw py::value_error("side and heads must be in 1..256, the second side of cosines in 1..512.");
+        }
+        for (const auto& [array, name] : {std::pair{cosines, "cosines"}, std::pair{sines, "sines"}}) {
+            require_shape(array, name, {side * side, half});
+            require_contiguous(array, name);
+        }
+        attention_ = std::make_unique<i2f::WindowAttention>(side, heads, 2 * half, cosines.data(), sines.data(),
+                                                            kernels_named(isa, precision));
+    }
+
+    // qkv [height * width, 3 heads a], padding [3 heads a] -> [height * width, heads a]
+    py::array_t<float> forward(const py::object& qkv_object, const py::object& padding_object,
+                               std::pair<std::int64_t, std::int64_t> shape, std::int64_t lead) const {
+        const auto [height, width] = shape;
+        const std::int64_t channels = attention_->heads() * attention_->head_width();
+        if (height < 1 || width < 1 || height > kMaxSide || width > kMaxSide) {
+            throw py::value_error("height and width must be in 1.." + std::to_string(kMaxSide) + ".");
+        }
+        if (lead < 0 || lead >= attention_->side()) throw py::value_error("lead must be less than a window's side.");
+        const auto qkv = typed<float>(qkv_object, "qkv", 2);
+        require_shape(qkv, "qkv", {height * width, 3 * channels});
+        require_contiguous(qkv, "qkv");
+        const auto padding = typed<float>(padding_object, "padding", 1);
+        require_shape(padding, "padding", {3 * channels});
+        require_contiguous(padding, "padding");
+        py::array_t<float> out(std::vector<py::ssize_t>{qkv.shape(0), static_cast<py::ssize_t>(channels)});
+        const i2f::WindowCall call{qkv.data(), padding.data(), height, width, lead, out.mutable_data()};
+        {
+            const py::gil_scoped_release unlocked;
+            attention_->run(call);
+        }
+        return out;
+    }
+
+    std::string isa() const { return attention_->kernels().name; }
+    std::size_t nbytes() const { return attention_->bytes(); }
+
+private:
+    std::unique_ptr<i2f::WindowAttention> attention_;
+};
+
 class Outline {
 public:
     // layers: weight and bias of each convolution, in the order of csrc/outline.h
@@ -797,6 +912,21 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
              py::arg("shift") = py::none(), py::arg("add") = py::none(), py::arg("silu") = false)
         .def_property_readonly("isa", &Convolution::isa)
         .def_property_readonly("nbytes", &Convolution::nbytes);
+    py::class_<EncoderBlock>(m, "EncoderBlock")
+        .def(py::init<const py::dict&, const std::string&, const std::string&>(), py::arg("weights"),
+             py::arg("isa") = "auto", py::arg("precision") = "float32")
+        .def("project", &EncoderBlock::project, py::arg("x"))
+        .def("finish", &EncoderBlock::finish, py::arg("x"), py::arg("attended"))
+        .def_property_readonly("isa", &EncoderBlock::isa)
+        .def_property_readonly("nbytes", &EncoderBlock::nbytes);
+    py::class_<WindowAttention>(m, "WindowAttention")
+        .def(py::init<std::int64_t, std::int64_t, const py::object&, const py::object&, const std::string&,
+                      const std::string&>(),
+             py::arg("side"), py::arg("heads"), py::arg("cosines"), py::arg("sines"), py::arg("isa") = "auto",
+             py::arg("precision") = "float32")
+        .def("forward", &WindowAttention::forward, py::arg("qkv"), py::arg("padding"), py::arg("shape"), py::arg("lead"))
+        .def_property_readonly("isa", &WindowAttention::isa)
+        .def_property_readonly("nbytes", &WindowAttention::nbytes);
     py::class_<Outline>(m, "Outline")
         .def(py::init<const std::vector<std::pair<py::object, py::object>>&, const std::vector<int>&,
                       const std::vector<int>&, const std::string&>(),

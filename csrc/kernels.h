@@ -61,7 +61,7 @@ struct LinearWeights {
     const float* b;  // [outputs rounded up to P]
 };
 
-enum class Finish { plain, relu, silu, add };  // add: to what the output held
+enum class Finish { plain, relu, silu, gelu, add };  // add: to what the output held
 
 // Maps to normalise, channel by channel: z [terms, plane], of which `plane` floats are from channel to channel.
 struct PanelSource {

@@ -99,6 +99,39 @@ class Convolution:
     @property
     def nbytes(self) -> int: ...
 
+class EncoderBlock:
+    def __init__(
+        self, weights: dict[str, npt.NDArray[np.float32]], isa: str = "auto", precision: str = "float32"
+    ) -> None: ...
+    def project(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """x [rows, C] -> [rows, 3C]."""
+    def finish(self, x: npt.NDArray[np.float32], attended: npt.NDArray[np.float32]) -> None:
+        """Both [rows, C]; x is changed."""
+    @property
+    def isa(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+
+class WindowAttention:
+    def __init__(
+        self,
+        side: int,
+        heads: int,
+        cosines: npt.NDArray[np.float32],
+        sines: npt.NDArray[np.float32],
+        isa: str = "auto",
+        precision: str = "float32",
+    ) -> None:
+        """cosines, sines [side * side, a / 2]."""
+    def forward(
+        self, qkv: npt.NDArray[np.float32], padding: npt.NDArray[np.float32], shape: tuple[int, int], lead: int
+    ) -> npt.NDArray[np.float32]:
+        """qkv [height * width, 3 heads a], padding [3 heads a] -> [height * width, heads a]."""
+    @property
+    def isa(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+
 class Outline:
     def __init__(
         self,

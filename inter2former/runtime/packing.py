@@ -24,6 +24,7 @@ from inter2former.nn.model import Inter2Former
 from inter2former.runtime import compute, native
 from inter2former.runtime.convolution import GroupAffine, NativeStage, NativeUnit, means
 from inter2former.runtime.decoder import FusedDecoder
+from inter2former.runtime.encoder_block import NativeBlock
 from inter2former.runtime.outline import NativeOutline
 from inter2former.runtime.rounding import with_rounded_products
 
@@ -194,6 +195,8 @@ def pack(model: Inter2Former, precision: native.Precision = "float32") -> Inter2
             model.encode, model.decode = fused.encode, fused.decode  # type: ignore[method-assign, assignment]
             if model.outline is not None:
                 model.draw = NativeOutline(model.outline, compiled)  # type: ignore[method-assign, assignment]
+        if compiled is not None and native.vectors(precision):
+            _replace(model.encoder, Block, functools.partial(NativeBlock, native=compiled, precision=precision))
         if packed_linear_works():
             for block in model.encoder.modules():
                 if isinstance(block, Block):
