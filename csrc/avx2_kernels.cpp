@@ -40,6 +40,7 @@ struct V {
     }
     static float square_root(float a) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(a))); }
     V root() const { return {_mm256_sqrt_ps(v)}; }
+    V inverse() const { return {_mm256_div_ps(_mm256_set1_ps(1.0F), v)}; }
     // a0 b0 a1 b1 ...
     static void zip(V a, V b, float* to) {
         const __m256 low = _mm256_unpacklo_ps(a.v, b.v);

@@ -879,6 +879,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     m.doc() = "Compiled kernels of Inter2Former; used through inter2former.runtime.native.";
     m.attr("INTERFACE") = kInterface;
     m.def("instruction_sets", &instruction_sets, py::arg("precision") = "float32");
+    m.def("bfloat16_pays", &i2f::bfloat16_pays);
     m.def("threads", &i2f::threads);
     m.def("set_threads", &set_threads, py::arg("count"));
     m.def("limit_threads", &i2f::limit_threads, py::arg("count"));

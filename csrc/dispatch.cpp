@@ -61,6 +61,15 @@ const std::vector<Path>& paths(Precision precision) {
     return precision == Precision::float32 ? found.single : found.pairs;
 }
 
+bool bfloat16_pays() {
+#ifdef I2F_X86
+    const Kernels* const best = find_kernels("auto", Precision::bfloat16);
+    return best == &kAmx || (best == &kAvx512Bf16 && !__builtin_cpu_is("intel"));
+#else
+    return false;
+#endif
+}
+
 const Kernels* find_kernels(const std::string& name, Precision precision) {
     for (const Path& path : paths(precision)) {
         if (path.reason.empty() && (name == "auto" || name == path.name)) return path.kernels;

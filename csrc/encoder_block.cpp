@@ -8,17 +8,20 @@
 namespace i2f {
 namespace {
 
-constexpr std::int64_t kRows = 96;   // of an item: whole register tiles of every path, some hundred KB
+constexpr std::int64_t kRows = 192;   // of an item, at most: some hundred KB, and weights are read once an item
+constexpr std::int64_t kTiles = 24;   // rows that fill register tiles
 constexpr std::int64_t kUnits = 256;  // hidden units whose weights are used together, once an item
-constexpr std::int64_t kChain = 128;  // terms of a product of queries and keys that are added before the next ones join
+constexpr std::int64_t kChain = 128;  // of LinearWeights
 
 thread_local Arena arena;
 
 // Call body(first row, rows, scratch) for all rows, on all threads.
 template <class Body>
 void for_rows(std::int64_t rows, std::int64_t floats, const Body& body) {
+    if (rows == 0) return;
     const int workers = threads();
-    const std::int64_t step = rows < 2 * kRows * workers ? kRows / 2 : kRows;
+    const std::int64_t items = workers * blocks_of(rows, workers * kRows);  // as many for every thread
+    const std::int64_t step = round_to(blocks_of(rows, items), kTiles);
     const std::int64_t scratch = round_to(floats, 16);
     auto* const memory = reinterpret_cast<float*>(arena.get(static_cast<std::size_t>(workers * scratch) * sizeof(float)));
     for_items(
@@ -52,15 +55,14 @@ EncoderBlock::EncoderBlock(std::int64_t width, std::int64_t hidden, const GetWei
     };
     const auto part = [&](const Layer& from, std::int64_t first_output, std::int64_t outputs, std::int64_t first_term,
                           std::int64_t terms) {
-        return store_.linear(
+        LinearWeights weights = store_.linear(
             terms, outputs, kernels,
             [=](std::int64_t j, std::int64_t k) { return from.weight[(first_output + j) * from.terms + first_term + k]; },
             [=](std::int64_t j) { return first_term == 0 ? from.bias[first_output + j] : 0.0F; });
+        weights.chain = kChain;
+        return weights;
     };
-    const Layer qkv = layer("attn.qkv", 3 * C, C);
-    const std::int64_t chain = kernels.pairs ? C : kChain;
-    for (std::int64_t k = 0; k < C; k += chain) queries_keys_.push_back(part(qkv, 0, 2 * C, k, std::min(chain, C - k)));
-    values_ = part(qkv, 2 * C, C, 0, C);
+    qkv_ = part(layer("attn.qkv", 3 * C, C), 0, 3 * C, 0, C);
     proj_ = part(layer("attn.proj", C, C), 0, C, 0, C);
     const Layer in = layer("fc1", hidden, C);
     const Layer out = layer("fc2", C, hidden);
@@ -76,13 +78,7 @@ void EncoderBlock::project(const float* x, std::int64_t rows, float* qkv) const 
     for_rows(rows, kRows * padded, [&](std::int64_t first, std::int64_t count, float* normed) {
         for (std::int64_t i = 0; i < count; ++i) std::copy_n(x + (first + i) * C, C, normed + i * padded);
         kernels_.norm(normed, padded, count, C, norm1_weight_, norm1_bias_);
-        float* const out = qkv + first * 3 * C;
-        std::int64_t term = 0;
-        for (const LinearWeights& chain : queries_keys_) {
-            kernels_.linear(chain, normed + term, padded, count, term == 0 ? Finish::plain : Finish::add, out, 3 * C);
-            term += chain.terms;
-        }
-        kernels_.linear(values_, normed, padded, count, Finish::plain, out + 2 * C, 3 * C);
+        kernels_.linear(qkv_, normed, padded, count, Finish::plain, qkv + first * 3 * C, 3 * C);
     });
 }
 

@@ -14,8 +14,8 @@ public:
     // Weights by their names in the twin's state dict. Throws what `get` throws, and std::bad_alloc.
     EncoderBlock(std::int64_t width, std::int64_t hidden, const GetWeight& get, const Kernels& kernels);
 
-    // qkv [rows, 3 C] of x [rows, C]. In float32, sums of queries and keys are made of short chains: softmax multiplies
-    // what they are off, and a code of the click that lies near zero falls on the other side. Throws std::bad_alloc.
+    // qkv [rows, 3 C] of x [rows, C]. In float32, sums are made of short chains: softmax multiplies what queries and keys
+    // are off, and a code of the click that lies near zero falls on the other side. Throws std::bad_alloc.
     void project(const float* x, std::int64_t rows, float* qkv) const;
 
     // x [rows, C] += proj(attended [rows, C]); x += fc2(gelu(fc1(norm2(x)))). Throws std::bad_alloc.
@@ -34,8 +34,7 @@ private:
     std::int64_t width_;
     Store store_;
     const float *norm1_weight_, *norm1_bias_, *norm2_weight_, *norm2_bias_;
-    std::vector<LinearWeights> queries_keys_;  // by chains of terms
-    LinearWeights values_, proj_;
+    LinearWeights qkv_, proj_;
     std::vector<Part> parts_;
 };
 

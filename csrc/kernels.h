@@ -56,7 +56,8 @@ constexpr float kNormEps = 1e-5F;
 struct LinearWeights {
     std::int64_t terms;
     std::int64_t outputs;
-    bool pairs;      // as in FfnWeights
+    std::int64_t chain;  // terms that are added up before the next ones join; not of pairs
+    bool pairs;          // as in FfnWeights
     const float* w;  // [ceil(outputs / P)][terms][P]
     const float* b;  // [outputs rounded up to P]
 };

@@ -85,7 +85,7 @@ private:
             for (std::int64_t k = 0; k < terms; ++k) put(to, panel, k, weight(j, k), pairs);
             b[j] = bias(j);
         }
-        return {terms, outputs, pairs, w, b};
+        return {terms, outputs, terms, pairs, w, b};
     }
 
     std::vector<Aligned<float>> arrays_;

@@ -97,6 +97,7 @@ struct V {
     static V scale(V a, V n) { return {std::ldexp(a.v, n.v == n.v ? static_cast<int>(n.v) : 0)}; }  // a * 2^n
     static float square_root(float a) { return std::sqrt(a); }
     V root() const { return {std::sqrt(v)}; }
+    V inverse() const { return {1.0F / v}; }
     static void zip(V a, V b, float* to) {
         to[0] = a.v;
         to[1] = b.v;

@@ -15,7 +15,7 @@ from inter2former.nn.layers import rope_tables
 from inter2former.runtime import compute
 from inter2former.runtime.native import Precision
 
-_ROWS = 1536  # tokens between two times that clicks may go first: some tens of milliseconds of a large model
+_ROWS = 768  # tokens a thread between two times that clicks may go first: some tens of milliseconds of a large model
 
 
 class NativeBlock(nn.Module):
@@ -30,6 +30,7 @@ class NativeBlock(nn.Module):
         super().__init__()
         weights = {name: value.detach().contiguous().numpy() for name, value in block.state_dict().items()}
         self._rows = native.EncoderBlock(weights, isa, precision)
+        self._threads = native.threads
         attention = block.attn
         self._side, self._shifted = attention.window, attention.shifted
         with torch.inference_mode():
@@ -53,7 +54,8 @@ class NativeBlock(nn.Module):
         qkv = torch.from_numpy(self._rows.project(x.numpy()))
         parts = qkv.split([h * w for h, w in grids])
         attended = torch.cat([self._attend(part, grid) for part, grid in zip(parts, grids, strict=True)])
-        for part, seen in zip(x.split(_ROWS), attended.split(_ROWS), strict=True):
+        rows = _ROWS * self._threads()
+        for part, seen in zip(x.split(rows), attended.split(rows), strict=True):
             compute.stand_aside()
             self._rows.finish(part.numpy(), seen.numpy())
 

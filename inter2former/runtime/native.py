@@ -85,7 +85,7 @@ def status() -> NativeStatus:
 
 
 def choose_precision(wanted: Precision | Literal["auto"]) -> Precision:
-    """The precision that runs: "auto" is bfloat16 where the CPU has instructions for it.
+    """The precision that runs: "auto" is bfloat16 where the CPU has instructions that make it faster.
 
     raises  ValueError for another name
     """
@@ -94,8 +94,7 @@ def choose_precision(wanted: Precision | Literal["auto"]) -> Precision:
     if wanted != "auto":
         return wanted
     module, _ = _load()
-    paths = [] if module is None else module.instruction_sets("bfloat16")
-    return "bfloat16" if any(name != "portable" and not reason for name, _, reason in paths) else "float32"
+    return "bfloat16" if module is not None and module.bfloat16_pays() else "float32"
 
 
 def vectors(precision: Precision = "float32") -> bool:
