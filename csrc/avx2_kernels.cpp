@@ -54,6 +54,16 @@ struct V {
         sum = _mm_add_ss(sum, _mm_shuffle_ps(sum, sum, 1));
         return _mm_cvtss_f32(sum);
     }
+    float largest() const {
+        __m128 top = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        top = _mm_max_ps(top, _mm_movehl_ps(top, top));
+        return _mm_cvtss_f32(_mm_max_ss(top, _mm_shuffle_ps(top, top, 1)));
+    }
+    // The first lane that holds the number; `lanes` when none does.
+    int first_of(float value) const {
+        const int equal = _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_set1_ps(value), _CMP_EQ_OQ));
+        return __builtin_ctz(static_cast<unsigned>(equal) | 1U << lanes);
+    }
 };
 
 inline V operator+(V a, V b) { return {_mm256_add_ps(a.v, b.v)}; }
