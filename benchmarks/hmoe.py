@@ -4,8 +4,9 @@
     python -m benchmarks.hmoe --threads 1 --clock cpu     # on a busy machine
 
 Tokens x 256 -> 64 -> 256, SwiGLU with an inner norm, routed at random. Contenders compute the same: the routed expert
-of every token and the shared network, blended by the gates; agreement is checked first. Each timed run follows one that
-is not timed, as experts come in the middle of a click: after a pause, waking up would be a third of ours.
+of every token and the shared network, blended by the gates; agreement is checked first. Each timed run follows five
+milliseconds of others that are not timed, as experts come in the middle of a click: after a pause, waking up would be a
+third of ours.
 
     loop      the plain network: a pass an expert
     sorted    tokens sorted by expert, one product an expert and layer, w1 and w2 joined
