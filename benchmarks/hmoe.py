@@ -167,7 +167,7 @@ def plot(result: dict[str, Any]) -> bytes:
         axes.set_xticklabels(map(str, TOKENS), fontsize=7)
         axes.minorticks_off()
     panels[0].set_ylabel("time / plain loop")
-    panels[0].legend(frameon=False, fontsize=8, loc="lower left")
+    panels[0].legend(frameon=False, fontsize=8, loc="upper center", ncols=2)
     picture = io.BytesIO()
     canvas: Any = FigureCanvasAgg(figure)
     canvas.print_png(picture)

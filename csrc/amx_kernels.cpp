@@ -52,69 +52,50 @@ struct LastWords {
     }
 };
 
-// What is done with the registers of 16 rows, and with those of the rows that are left. Their numbers are part of the
-// instructions.
-struct Whole {
-    static void start(const float* bias) {
-        _tile_loadd(0, bias, 0);  // into every row
-        _tile_loadd(1, bias + V::lanes, 0);
-    }
-    static void add(const float* x, std::ptrdiff_t stride, const float* panel) {
-        _tile_loadd(4, x, 4 * stride);
-        _tile_loadd(6, panel, 8 * V::lanes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, panel + V::lanes, 8 * V::lanes);
-        _tile_dpbf16ps(1, 4, 7);
-    }
-    static void store(V* a, V* b) {
-        _tile_stored(0, a, 4 * V::lanes);
-        _tile_stored(1, b, 4 * V::lanes);
-    }
-};
-
-struct Left {
-    static void start(const float* bias) {
-        _tile_loadd(2, bias, 0);
-        _tile_loadd(3, bias + V::lanes, 0);
-    }
-    static void add(const float* x, std::ptrdiff_t stride, const float* panel) {
-        _tile_loadd(5, x, 4 * stride);
-        _tile_loadd(6, panel, 8 * V::lanes);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_loadd(7, panel + V::lanes, 8 * V::lanes);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    static void store(V* a, V* b) {
-        _tile_stored(2, a, 4 * V::lanes);
-        _tile_stored(3, b, 4 * V::lanes);
-    }
-};
-
+// What is done with the registers of 16 rows, and with those of the rows that are left. Register numbers are part of the
+// instructions, so they are an argument of a macro.
 template <bool whole>
-struct Of {
-    using Registers = Whole;
-};
-template <>
-struct Of<false> {
-    using Registers = Left;
-};
+struct Registers;
+
+#define I2F_REGISTERS(WHOLE, A, B, X)                                                     \
+    template <>                                                                           \
+    struct Registers<WHOLE> {                                                             \
+        static void start(const float* bias) {                                            \
+            _tile_loadd(A, bias, 0); /* into every row */                                 \
+            _tile_loadd(B, bias + V::lanes, 0);                                           \
+        }                                                                                 \
+        static void add(const float* x, std::ptrdiff_t stride, const float* panel) {      \
+            _tile_loadd(X, x, 4 * stride);                                                \
+            _tile_loadd(6, panel, 8 * V::lanes);                                          \
+            _tile_dpbf16ps(A, X, 6);                                                      \
+            _tile_loadd(7, panel + V::lanes, 8 * V::lanes);                               \
+            _tile_dpbf16ps(B, X, 7);                                                      \
+        }                                                                                 \
+        static void store(V* a, V* b) {                                                   \
+            _tile_stored(A, a, 4 * V::lanes);                                             \
+            _tile_stored(B, b, 4 * V::lanes);                                             \
+        }                                                                                 \
+    }
+I2F_REGISTERS(true, 0, 1, 4);
+I2F_REGISTERS(false, 2, 3, 5);
+#undef I2F_REGISTERS
 
 // `product` of vector.inc in pairs. A row's sums are the same in either registers.
 template <int M>
 inline void tile_product(const float* x, std::ptrdiff_t stride, std::int64_t words, const float* panel,
                          const float* bias, V (&a)[M], V (&b)[M]) {
-    using Registers = typename Of<M == kPairTile>::Registers;
+    using Tiles = Registers<M == kPairTile>;
     if (M < kPairTile && rows_left != M) lay_out(M);
     written(x);
-    Registers::start(bias);
+    Tiles::start(bias);
     std::int64_t k = 0;
-    for (; k + V::lanes <= words; k += V::lanes) Registers::add(x + k, stride, panel + 2 * V::lanes * k);
+    for (; k + V::lanes <= words; k += V::lanes) Tiles::add(x + k, stride, panel + 2 * V::lanes * k);
     if (k < words) {
         const LastWords last(x + k, stride, M, panel + 2 * V::lanes * k, words - k);
         written(&last);
-        Registers::add(last.x, V::lanes, last.panel);
+        Tiles::add(last.x, V::lanes, last.panel);
     }
-    Registers::store(a, b);
+    Tiles::store(a, b);
 }
 
 #include "vector.inc"

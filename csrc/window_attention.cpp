@@ -54,7 +54,7 @@ void WindowAttention::window(const WindowCall& call, std::int64_t top, std::int6
     for (std::int64_t t = 0; t < places; ++t) {
         const std::int64_t token = token_at(t);
         const float* from = (token < 0 ? call.padding : call.qkv + token * 3 * width) + width + head * a_;
-        float* turned = queries;
+        float* const turned = queries;  // free until the keys are known
         turn(from, cosines_ + t * half, sines_ + t * half, half, 1.0F, turned);
         float* key = k + t / P * P * words_of(a_, pairs) + t % P;
         for (std::int64_t j = 0; j < a_; ++j) put(key, P, j, turned[j], pairs);

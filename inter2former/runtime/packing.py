@@ -1,10 +1,11 @@
 """Make a loaded model ready to serve: the same function, fewer memory moves. What is packed is not trained again.
 
-Clicks go to the native decoder where there is a compiled module. Linear layers get oneDNN's own weight layout
-(private operators that inductor's freezing uses: twice the speed of the plain product on CPUs where the BLAS is slow,
-equal elsewhere), batch norms fold into their convolutions, convolutions run channels last and those of wide maps in
-the native module, group norms add up in float64, constants of the weights are computed once. Each step keeps the
-function up to float32 rounding; the plain model is the twin that tests compare with.
+Clicks go to the native decoder where there is a compiled module, and the encoder's blocks to native ones where that has
+wide vectors. Linear layers that are left get oneDNN's own weight layout (private operators that inductor's freezing
+uses: twice the speed of the plain product on CPUs where the BLAS is slow, equal elsewhere), batch norms fold into their
+convolutions, convolutions run channels last and those of wide maps in the native module, group norms add up in float64,
+constants of the weights are computed once. Each step keeps the function up to float32 rounding; the plain model is the
+twin that tests compare with.
 """
 
 from __future__ import annotations
